@@ -1,0 +1,1 @@
+"""The repository's tools: the default model's making, measuring, and the demo."""

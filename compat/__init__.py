@@ -1,0 +1,47 @@
+"""Embed texts of any length in constant memory with recurrent language models.
+
+A text is read in *vertical chunks*: each goes through all layers before the next one does, and the
+recurrent state is carried between them. The result is that of one pass over the whole text:
+
+1. Chunking is invisible: any split gives the outputs of the unsplit text.
+2. Padding is invisible: left or right, also over whole chunks.
+3. Packing is invisible: a sequence in a packed row gives what it gives alone (in the ops that take
+   packed rows; a model is given one text a row).
+4. Batching is invisible: a row does not depend on the other rows.
+
+`enable_vertical_chunking()` gives `SentenceTransformer.encode` the argument `vertical_chunk_size`;
+`iter_chunks` and `last_hidden_state` do the same for a plain transformers model, and need no hooks.
+"""
+
+from compat._chunks import iter_chunks, last_hidden_state
+from compat._errors import (
+    UnsupportedModelError,
+    UnsupportedPipelineError,
+    UnsupportedVersionError,
+    VerticalChunkingError,
+)
+from compat._families import supported_models_table
+from compat._hooks import (
+    LibraryStatus,
+    Report,
+    disable_vertical_chunking,
+    enable_vertical_chunking,
+    status,
+    vertical_chunking,
+)
+
+__all__ = [
+    "LibraryStatus",
+    "Report",
+    "UnsupportedModelError",
+    "UnsupportedPipelineError",
+    "UnsupportedVersionError",
+    "VerticalChunkingError",
+    "disable_vertical_chunking",
+    "enable_vertical_chunking",
+    "iter_chunks",
+    "last_hidden_state",
+    "status",
+    "supported_models_table",
+    "vertical_chunking",
+]

@@ -1,0 +1,87 @@
+"""The registry: which model types are read in vertical chunks, and how their state is carried."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from compat._errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one `model_type` carry their state from chunk to chunk.
+
+    Attributes:
+        cache: Name of the argument, and of the output, that holds the state.
+        position_ids: Whether the model takes `position_ids` and wants them to go on.
+        grows: Whether attention layers keep keys and values of the whole text beside the state.
+    """
+
+    cache: str
+    position_ids: bool
+    grows: bool
+
+
+_RECURRENT = Family(cache="cache_params", position_ids=False, grows=False)
+_HYBRID = Family(cache="past_key_values", position_ids=True, grows=True)
+
+FAMILIES: dict[str, Family] = {
+    "mamba2": _RECURRENT,
+    "bailing_hybrid": _HYBRID,
+    "bamba": _HYBRID,
+    "falcon_h1": _HYBRID,
+    "glm5_next_text": _HYBRID,
+    "granitemoehybrid": _HYBRID,
+    "inkling2_text": _HYBRID,
+    "inkling_text": _HYBRID,
+    "kimi_linear": _HYBRID,
+    "lfm2": _HYBRID,
+    "lfm2_moe": _HYBRID,
+    "lfm3": _HYBRID,
+    "nemotron_h": _HYBRID,
+    "olmo_hybrid": _HYBRID,
+    "qwen3_5_moe_text": _HYBRID,
+    "qwen3_5_text": _HYBRID,
+    "qwen3_next": _HYBRID,
+    "qwen4_exp_text": _HYBRID,
+    "zamba2": _HYBRID,
+    "zaya": _HYBRID,
+}
+
+
+def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
+    """The model without its head, and the way its state is carried.
+
+    Raises:
+        UnsupportedModelError: The model is not a transformers model, or its type is not one that
+            is known to continue exactly from its state.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"an object of type {type(model).__name__}",
+            "a transformers PreTrainedModel with recurrent state",
+            "pass the transformers model itself, e.g. SentenceTransformer(...).transformers_model",
+        )
+    backbone = model.base_model
+    model_type = backbone.config.model_type
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"a model of type {model_type!r} ({type(backbone).__name__})",
+            "a model whose recurrent state is known to be carried exactly: "
+            + ", ".join(sorted(FAMILIES)),
+            "encode it without vertical_chunk_size, or split the text yourself",
+        )
+    return backbone, FAMILIES[model_type]
+
+
+def supported_models_table() -> str:
+    """The registry as a table: one line for each model type."""
+    width = max(map(len, FAMILIES))
+    lines = [
+        f"{name.ljust(width)}  {family.cache.ljust(15)}  "
+        + ("its keys and values grow with the text" if family.grows else "constant memory")
+        for name, family in sorted(FAMILIES.items())
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""Turning vertical chunking on and off in the installed libraries, all of it or nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from compat import _sentence_transformers, _transformers
+
+State = Literal["native", "patched", "absent"]
+
+_lock = threading.RLock()
+_patches: Patches | None = None
+
+
+@dataclass(frozen=True)
+class LibraryStatus:
+    """Vertical chunking in one library.
+
+    Attributes:
+        library: The distribution's name.
+        version: Its installed version; None where it is not installed.
+        state: `native` where the library does it itself, `patched` where compat's hooks do it,
+            `absent` where it is not to be had.
+        reason: Why it is in that state.
+    """
+
+    library: str
+    version: str | None
+    state: State
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The status of each library; as a string, a table."""
+
+    libraries: tuple[LibraryStatus, ...]
+
+    def __str__(self) -> str:
+        head = ("library", "version", "state", "reason")
+        rows = [head] + [(s.library, s.version or "-", s.state, s.reason) for s in self.libraries]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        )
+
+
+class Patches:
+    """Class attributes that were replaced, and what they were."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[type, str, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._undo)
+
+    def set(self, owner: type, name: str, value: object) -> None:
+        """Replace `owner.name`; an inherited attribute is overridden, and later deleted again."""
+        self._undo.append((owner, name, vars(owner).get(name, self)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Put the very objects back that were there."""
+        while self._undo:
+            owner, name, before = self._undo.pop()
+            if before is self:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+
+def enable_vertical_chunking() -> Report:
+    """Let `SentenceTransformer.encode` take `vertical_chunk_size`, in this process.
+
+    Everything that the hooks need is looked at before anything is patched; calling it again does
+    nothing. Models that were loaded before take part as well, except that a default chunk size
+    stored with a model is read when the model is loaded.
+
+    Returns:
+        What was found in each library, and what was done.
+
+    Raises:
+        UnsupportedVersionError: A library is installed but is not what the hooks expect; nothing
+            is patched then.
+    """
+    global _patches
+    with _lock:
+        if _patches is None:
+            _transformers.require_support()
+            planned = _sentence_transformers.plan()
+            patches = Patches()
+            try:
+                for owner, name, value in planned:
+                    patches.set(owner, name, value)
+            except BaseException:
+                patches.undo()
+                raise
+            _patches = patches
+        return status()
+
+
+def disable_vertical_chunking() -> None:
+    """Put every patched attribute back to the object that it was; without hooks, do nothing."""
+    global _patches
+    with _lock:
+        if _patches is not None:
+            _patches.undo()
+            _patches = None
+
+
+@contextmanager
+def vertical_chunking() -> Iterator[Report]:
+    """`enable_vertical_chunking()` for the length of a `with` block.
+
+    Where it is on already, it stays on afterwards.
+    """
+    was_enabled = _patches is not None
+    report = enable_vertical_chunking()
+    try:
+        yield report
+    finally:
+        if not was_enabled:
+            disable_vertical_chunking()
+
+
+def status() -> Report:
+    """The state of vertical chunking in each library; changes nothing."""
+    return Report((_transformers_status(), _sentence_transformers_status()))
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _transformers_status() -> LibraryStatus:
+    name = "transformers"
+    if reason := _transformers.probe():
+        return LibraryStatus(name, _installed(name), "absent", reason)
+    reason = "models continue from their cache; compat.iter_chunks feeds them"
+    return LibraryStatus(name, _installed(name), "native", reason)
+
+
+def _sentence_transformers_status() -> LibraryStatus:
+    name = "sentence-transformers"
+    if not _sentence_transformers.installed():
+        return LibraryStatus(name, None, "absent", "not installed")
+    if _patches:
+        reason = "encode takes vertical_chunk_size; Transformer and Pooling work on chunks"
+        return LibraryStatus(name, _installed(name), "patched", reason)
+    if _sentence_transformers.is_native():
+        reason = "this release has vertical_chunk_size itself"
+        return LibraryStatus(name, _installed(name), "native", reason)
+    reason = "hooks not installed: call compat.enable_vertical_chunking()"
+    return LibraryStatus(name, _installed(name), "absent", reason)

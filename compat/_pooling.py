@@ -1,0 +1,131 @@
+"""Pooling over a stream of chunks: sentence-transformers' six modes without all token embeddings.
+
+The module depends on torch alone, so that a library can take it over as it is. The modes and their
+corner cases (the prompt left out, a text without a token) are those of `Pooling` in
+sentence-transformers 6.2.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
+
+class Chunk(NamedTuple):
+    """Hidden states of one vertical chunk: tokens `start` to `start + width` of some rows.
+
+    Tokens are counted from each row's first token that is not padding.
+
+    Attributes:
+        start: Index of the chunk's first token in its rows.
+        rows: (n,) int64, the rows of the batch that still have tokens here.
+        lengths: (n,) int64, how many of the `width` tokens are real; the rest is padding.
+        hidden: (n, width, hidden_size), the hidden states; undefined at padding.
+    """
+
+    start: int
+    rows: Tensor
+    lengths: Tensor
+    hidden: Tensor
+
+
+class StreamingPooling:
+    """Pools chunks as they come; holds one vector per row and mode, never the token embeddings.
+
+    Args:
+        modes: Names out of `POOLING_MODES`; their vectors are concatenated in this order.
+        lengths: (batch,) int64, the number of tokens of each row, padding not counted.
+        prompt_length: The first tokens of each row that are left out of the pooling.
+
+    Raises:
+        ValueError: A mode is unknown.
+    """
+
+    def __init__(self, modes: Sequence[str], lengths: Tensor, prompt_length: int = 0) -> None:
+        if unknown := [mode for mode in modes if mode not in POOLING_MODES]:
+            raise ValueError(f"Unknown pooling modes {unknown}; known are {POOLING_MODES}.")
+        self.modes = tuple(modes)
+        self.lengths = lengths
+        self.prompt_length = prompt_length
+        # Where nothing but the prompt is there, `cls` takes the row's first token all the same.
+        self._first = torch.where(lengths > prompt_length, prompt_length, 0)
+        self._kept = (lengths - prompt_length).clamp(min=0)
+        self._state: dict[str, Tensor] = {}
+        self._dtype = torch.float32
+
+    def update(self, chunk: Chunk) -> None:
+        """Take in the next chunk; chunks come in the order of the text."""
+        hidden = chunk.hidden
+        if not self._state:
+            self._allocate(hidden)
+        position = torch.arange(hidden.shape[1], device=hidden.device)
+        kept = position < chunk.lengths[:, None]
+        if self.prompt_length > chunk.start:
+            kept &= position >= self.prompt_length - chunk.start
+        state = self._state
+        if "cls" in state:
+            self._pick("cls", self._first, chunk)
+        if "lasttoken" in state:
+            self._pick("lasttoken", torch.where(self._kept > 0, self.lengths - 1, -1), chunk)
+        if "max" in state:
+            top = hidden.masked_fill(~kept[..., None], -torch.inf).amax(dim=1)
+            state["max"][chunk.rows] = torch.maximum(state["max"][chunk.rows], top)
+        if "sum" in state:
+            total = hidden.masked_fill(~kept[..., None], 0).sum(1, dtype=state["sum"].dtype)
+            state["sum"].index_add_(0, chunk.rows, total)
+        if "weighted" in state:
+            # A matrix product per row: no copy of the chunk is made for the weights.
+            dtype = state["weighted"].dtype
+            weight = ((position + chunk.start + 1) * kept).to(dtype)
+            value = hidden.masked_fill(~kept[..., None], 0).to(dtype)
+            state["weighted"].index_add_(0, chunk.rows, (weight[:, None] @ value)[:, 0])
+
+    def finalize(self) -> Tensor:
+        """The pooled vectors, (batch, len(modes) * hidden_size), in the hidden states' dtype.
+
+        Raises:
+            RuntimeError: No chunk came.
+        """
+        if not self._state:
+            raise RuntimeError("finalize() before any update(): there is no chunk to pool.")
+        return torch.cat([self._result(mode).to(self._dtype) for mode in self.modes], dim=-1)
+
+    def _allocate(self, hidden: Tensor) -> None:
+        """Set up the accumulators, in at least float32: the sums run over the whole text."""
+        self._dtype = hidden.dtype
+        shape = (len(self.lengths), hidden.shape[-1])
+        total_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        for mode in self.modes:
+            if mode in ("cls", "lasttoken"):
+                self._state[mode] = hidden.new_zeros(shape)
+            elif mode == "max":
+                self._state["max"] = hidden.new_full(shape, -torch.inf)
+            else:
+                name = "weighted" if mode == "weightedmean" else "sum"
+                self._state[name] = hidden.new_zeros(shape, dtype=total_dtype)
+
+    def _pick(self, mode: str, target: Tensor, chunk: Chunk) -> None:
+        """Keep the hidden state of each row's token `target` if it lies in this chunk."""
+        local = target[chunk.rows] - chunk.start
+        here = ((local >= 0) & (local < chunk.lengths)).nonzero()[:, 0]
+        self._state[mode][chunk.rows[here]] = chunk.hidden[here, local[here]]
+
+    def _result(self, mode: str) -> Tensor:
+        if mode in ("cls", "lasttoken", "max"):
+            return self._state[mode]
+        name = "weighted" if mode == "weightedmean" else "sum"
+        total = self._state[name]
+        if mode == "weightedmean":
+            # The weights are 1, 2, 3, ... and sum up to n (n + 1) / 2, less the prompt's share.
+            prompt = torch.minimum(self.lengths, torch.full_like(self.lengths, self.prompt_length))
+            divisor = (self.lengths * (self.lengths + 1) - prompt * (prompt + 1)) / 2
+        elif mode == "mean_sqrt_len_tokens":
+            divisor = self._kept.sqrt()
+        else:
+            divisor = self._kept
+        return total / divisor.to(total.dtype).clamp(min=1e-9)[:, None]

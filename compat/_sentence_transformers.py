@@ -1,0 +1,467 @@
+"""The hooks into sentence-transformers: a stream of chunks from Transformer to Pooling.
+
+    encode(vertical_chunk_size=...) -> _inference -> Transformer: a stream of chunks
+                                                  -> Dense, Normalize: chunk by chunk
+                                                  -> Pooling: the sentence embedding
+
+The size travels as a keyword argument of the library's own `_inference`, so it reaches the workers
+of a pool and the ranks of a distributed evaluation too; `_Size` brings the hooks along.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compat import _progress
+from compat._chunks import align_left, check_chunk_size, iter_chunks, stream, windows
+from compat._errors import UnsupportedPipelineError, UnsupportedVersionError
+from compat._families import backbone_of
+from compat._pooling import Chunk, StreamingPooling
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+Patch = tuple[type, str, object]
+Features = dict[str, Any]
+
+KEYWORD = "vertical_chunk_size"
+TOKENS = "token_embeddings"
+
+# Bookkeeping of a call to `encode`, and tokenizer output that no recurrent model reads.
+_IGNORED_FEATURES = frozenset({"input_ids", "attention_mask", "modality", "prompt_length", "task"})
+
+
+class _Size(int):
+    """A vertical chunk size that turns the hooks on in the process that unpickles it.
+
+    Without it a worker process would take the argument, ignore it, and read the whole text at once.
+    """
+
+    def __reduce__(self) -> tuple[Callable[[int], _Size], tuple[int]]:
+        return _receive, (int(self),)
+
+
+def _receive(size: int) -> _Size:
+    from compat._hooks import enable_vertical_chunking
+
+    enable_vertical_chunking()
+    return _Size(size)
+
+
+@dataclass
+class _Run:
+    """What the modules need to know of the `_inference` call that they serve.
+
+    Attributes:
+        size: Tokens in a vertical chunk.
+        pooled: Whether only sentence embeddings are asked for, so that tokens can be streamed.
+        bar: The progress bar, in characters.
+        chars: Characters in the present batch.
+    """
+
+    size: int
+    pooled: bool
+    bar: Any
+    chars: int = 0
+
+    def watch(self, chunks: Iterator[Chunk], total: int) -> Iterator[Chunk]:
+        """Pass the chunks on; move the bar by the batch's characters as its tokens go by."""
+        tokens = moved = 0
+        for chunk in chunks:
+            yield chunk
+            tokens += int(chunk.lengths.sum())
+            step = self.chars * tokens // total - moved
+            self.bar.update(step)
+            moved += step
+
+
+_encoding: ContextVar[bool] = ContextVar("compat_encoding", default=False)
+_run: ContextVar[_Run | None] = ContextVar("compat_run", default=None)
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """What stands in the features in place of the token embeddings of the whole text."""
+
+    chunks: Iterator[Chunk]
+    lengths: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenStream:
+        """Apply a function of single tokens to each chunk's hidden states as it comes."""
+        return replace(self, chunks=(c._replace(hidden=function(c.hidden)) for c in self.chunks))
+
+
+def installed() -> bool:
+    """Whether sentence-transformers can be imported."""
+    return importlib.util.find_spec("sentence_transformers") is not None
+
+
+def is_native() -> bool:
+    """Whether the installed release has `vertical_chunk_size` without any hook."""
+    from sentence_transformers import SentenceTransformer
+
+    return KEYWORD in inspect.signature(SentenceTransformer.encode).parameters
+
+
+def plan() -> list[Patch]:
+    """The class attributes to replace, after a look at all that the replacements rely on.
+
+    Returns:
+        Nothing where the library is not installed or does it itself.
+
+    Raises:
+        UnsupportedVersionError: Something that a hook relies on is not there.
+    """
+    if not installed() or is_native():
+        return []
+    try:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.base.modules import Dense, Normalize, Transformer
+        from sentence_transformers.sentence_transformer.modules import Pooling
+    except ImportError as error:
+        raise _unsupported(str(error)) from error
+    hooks: dict[type, dict[str, Callable[[Any], Callable[..., Any]]]] = {
+        SentenceTransformer: {
+            "encode": _encode,
+            "get_model_kwargs": _get_model_kwargs,
+            "_inference": _inference,
+            "preprocess": _preprocess,
+            "_get_model_config": _get_model_config,
+            "_parse_model_config": _parse_model_config,
+        },
+        Transformer: {"forward": _transformer_forward},
+        Dense: {"forward": _token_wise_forward},
+        Normalize: {"forward": _token_wise_forward},
+        Pooling: {"forward": _pooling_forward},
+    }
+    for owner, factories in hooks.items():
+        for name in factories:
+            if not callable(getattr(owner, name, None)):
+                raise _unsupported(f"{owner.__name__} has no method {name}")
+    needed = {"inputs", "show_progress_bar", "output_value"}
+    if missing := needed - set(inspect.signature(SentenceTransformer._inference).parameters):
+        raise _unsupported(f"SentenceTransformer._inference has no argument {sorted(missing)}")
+    for method in (SentenceTransformer.encode, SentenceTransformer._inference):
+        if not _takes_keywords(method):
+            raise _unsupported(f"SentenceTransformer.{method.__name__} takes no **kwargs")
+    patches: list[Patch] = [(SentenceTransformer, KEYWORD, property(_get_default, _set_default))]
+    for owner, factories in hooks.items():
+        patches += [(owner, name, make(getattr(owner, name))) for name, make in factories.items()]
+    return patches
+
+
+def _unsupported(what: str) -> UnsupportedVersionError:
+    import sentence_transformers
+
+    return UnsupportedVersionError(
+        f"sentence-transformers {sentence_transformers.__version__}: {what}",
+        "a release whose SentenceTransformer, Transformer and Pooling are those of 6.2",
+        'pip install "sentence-transformers>=6.2,<7"',
+    )
+
+
+def _takes_keywords(function: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+# The default that a model carries. It lives in the instance's __dict__ under its own name, so that
+# it stays a plain attribute when the hooks are off.
+
+
+def _get_default(model: SentenceTransformer) -> int | None:
+    """Tokens in a vertical chunk where `encode` is not told; None reads whole texts."""
+    default: int | None = vars(model).get(KEYWORD)
+    return default
+
+
+def _set_default(model: SentenceTransformer, value: int | None) -> None:
+    vars(model)[KEYWORD] = None if value is None else check_chunk_size(value)
+
+
+def _get_model_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _get_model_config(self: SentenceTransformer) -> dict[str, Any]:
+        config: dict[str, Any] = original(self)
+        if (default := _get_default(self)) is not None:
+            config[KEYWORD] = default
+        return config
+
+    return _get_model_config
+
+
+def _parse_model_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _parse_model_config(self: SentenceTransformer, model_config: dict[str, Any]) -> None:
+        original(self, model_config)
+        _set_default(self, model_config.get(KEYWORD))
+
+    return _parse_model_config
+
+
+# From encode to the modules.
+
+
+def _encode(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def encode(
+        self: SentenceTransformer,
+        *args: Any,
+        vertical_chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if vertical_chunk_size is None:
+            vertical_chunk_size = _get_default(self)
+        if vertical_chunk_size is None:
+            return original(self, *args, **kwargs)
+        size = _Size(check_chunk_size(vertical_chunk_size))
+        token = _encoding.set(True)
+        try:
+            return original(self, *args, **{KEYWORD: size}, **kwargs)
+        finally:
+            _encoding.reset(token)
+
+    signature = inspect.signature(original)
+    parameters = list(signature.parameters.values())
+    added = inspect.Parameter(
+        KEYWORD, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | None"
+    )
+    encode.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters[:-1], added, parameters[-1]]
+    )
+    encode.__doc__ = (original.__doc__ or "") + _ENCODE_DOC
+    return encode
+
+
+_ENCODE_DOC = """
+        vertical_chunk_size (int, optional): Added by compat. Read each text in chunks of this many
+            tokens, each through all layers, with the recurrent state carried on; the embedding is
+            that of the whole text, in memory that does not depend on its length. Defaults to the
+            model's own `vertical_chunk_size`. With `output_value="token_embeddings"` or None the
+            result holds every token's embedding, so it grows with the text whatever the chunks.
+"""
+
+
+def _get_model_kwargs(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_model_kwargs(self: SentenceTransformer) -> list[str]:
+        names: list[str] = original(self)
+        # Only for `encode` itself: to everybody else the model's own arguments are what they were.
+        return [*names, KEYWORD] if _encoding.get() else names
+
+    return get_model_kwargs
+
+
+def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _inference(
+        self: SentenceTransformer,
+        inputs: list[Any],
+        *,
+        vertical_chunk_size: int | None = None,
+        show_progress_bar: bool = False,
+        output_value: str | None = "sentence_embedding",
+        **kwargs: Any,
+    ) -> Any:
+        kwargs["output_value"] = output_value
+        if vertical_chunk_size is None:
+            return original(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
+        pooled = output_value == "sentence_embedding"
+        _check_modules(self, pooled)
+        _check_inputs(self, inputs, kwargs.get("prompt"))
+        with _progress.opened(sum(map(self._input_length, inputs)), show_progress_bar) as bar:
+            token = _run.set(_Run(int(vertical_chunk_size), pooled, bar))
+            try:
+                return original(self, inputs, show_progress_bar=False, **kwargs)
+            finally:
+                _run.reset(token)
+
+    return _inference
+
+
+def _preprocess(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def preprocess(self: SentenceTransformer, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        if (run := _run.get()) is not None:
+            run.chars = sum(map(self._input_length, inputs))
+        return original(self, inputs, **kwargs)
+
+    return preprocess
+
+
+# The checks, before any work is done.
+
+
+def _check_inputs(model: SentenceTransformer, inputs: list[Any], prompt: str | None) -> None:
+    """Refuse texts without a token: there is nothing to embed, and no exact answer."""
+    for index, text in enumerate(inputs):
+        if isinstance(text, str) and not text.strip():
+            features = model.preprocess([text], prompt=prompt)
+            if not int(features["attention_mask"].sum()):
+                raise ValueError(
+                    f"Text {index} is {text!r}, of which the tokenizer makes no token; there is "
+                    "nothing to embed. Leave it out, or use a tokenizer that ends each text with "
+                    "a special token."
+                )
+
+
+def _check_modules(model: SentenceTransformer, pooled: bool) -> None:
+    """Refuse a model of which a module cannot work on a stream of chunks."""
+    from sentence_transformers.base.modules import Router
+
+    for first, *rest in _routes(list(model.children()), Router):
+        _check_transformer(first)
+        if pooled:
+            _check_until_pooling(rest)
+
+
+def _routes(modules: list[Any], router_type: type) -> Iterator[list[Any]]:
+    """Every sequence of modules that a text may pass through."""
+    for index, module in enumerate(modules):
+        if isinstance(module, router_type):
+            before, after = modules[:index], modules[index + 1 :]
+            for route in module.sub_modules.values():  # type: ignore[attr-defined]
+                for tail in _routes([*route.children(), *after], router_type):
+                    yield [*before, *tail]
+            return
+    yield modules
+
+
+def _check_transformer(module: Any) -> None:
+    from sentence_transformers.base.modules import Transformer
+
+    remedy = "encode without vertical_chunk_size"
+    if not isinstance(module, Transformer) or type(module).forward is not Transformer.forward:
+        raise UnsupportedPipelineError(
+            f"{type(module).__name__} as the first module",
+            "a Transformer with the forward of sentence-transformers itself",
+            remedy,
+        )
+    if module.backend != "torch":
+        raise UnsupportedPipelineError(
+            f"the {module.backend} backend",
+            "the torch backend, which alone can carry the recurrent state",
+            'load the model with backend="torch"',
+        )
+    backbone, _ = backbone_of(module.model)
+    outputs = module.modality_config.get("text", {}).get("method_output_name")
+    if module.module_output_name != TOKENS or outputs != "last_hidden_state":
+        raise UnsupportedPipelineError(
+            f"a Transformer that puts {outputs!r} into {module.module_output_name!r}",
+            f"one that puts 'last_hidden_state' into {TOKENS!r}",
+            remedy,
+        )
+    if getattr(backbone.config, "output_hidden_states", False):
+        raise UnsupportedPipelineError(
+            "a model with output_hidden_states, which keeps every layer of every token",
+            "the last hidden state alone",
+            "set model.transformers_model.config.output_hidden_states = False",
+        )
+
+
+def _check_until_pooling(modules: list[Any]) -> None:
+    from sentence_transformers.base.modules import Dense, Normalize
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    for module in modules:
+        if isinstance(module, Pooling) and type(module).forward is Pooling.forward:
+            return
+        known = type(module) in (Dense, Normalize)
+        if not known or {module.module_input_name, module.module_output_name} != {TOKENS}:
+            raise UnsupportedPipelineError(
+                f"{type(module).__name__} between Transformer and Pooling",
+                "modules that work on one token at a time there: Dense or Normalize from "
+                f"{TOKENS!r} to {TOKENS!r}",
+                "encode without vertical_chunk_size, or put the module behind Pooling",
+            )
+    raise UnsupportedPipelineError(
+        "a model without Pooling",
+        "a Pooling module, which makes one embedding of the stream of chunks",
+        'add one, or ask for output_value="token_embeddings"',
+    )
+
+
+# The modules. Each does what it always did when no `_inference` with a chunk size is under way.
+
+
+def _transformer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: Transformer, features: Features, **kwargs: Any) -> Features:
+        run = _run.get()
+        if run is None:
+            return original(self, features, **kwargs)  # type: ignore[no-any-return]
+        _check_features(self, {**features, **kwargs})
+        input_ids, mask = features["input_ids"], features.get("attention_mask")
+        if run.pooled:
+            backbone, family = backbone_of(self.model)
+            tokens, lengths = align_left(input_ids, mask)
+            parts = windows(tokens.shape[1], run.size)
+            chunks = stream(backbone, family, tokens, lengths, parts)
+            features[TOKENS] = TokenStream(run.watch(chunks, int(lengths.sum())), lengths)
+        else:
+            pieces = []
+            for _, hidden in iter_chunks(
+                self.model, input_ids=input_ids, attention_mask=mask, vertical_chunk_size=run.size
+            ):
+                pieces.append(hidden)
+                run.bar.update(run.chars * hidden.shape[1] // input_ids.shape[1])
+            features[TOKENS] = torch.cat(pieces, dim=1)
+        return features
+
+    return forward
+
+
+def _check_features(module: Transformer, features: Features) -> None:
+    """Refuse inputs that the model would read and that cannot be cut into chunks."""
+    declared = set(inspect.signature(module.model.forward).parameters)
+    if extra := sorted((set(features) & declared) - _IGNORED_FEATURES):
+        raise UnsupportedPipelineError(
+            f"the inputs {extra} for {type(module.model).__name__}",
+            "input_ids and attention_mask alone, of shape (batch, seqlen)",
+            "encode without vertical_chunk_size",
+        )
+
+
+def _token_wise_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: Any, features: Features, **kwargs: Any) -> Features:
+        tokens = features.get(self.module_input_name)
+        if not isinstance(tokens, TokenStream):
+            return original(self, features, **kwargs)  # type: ignore[no-any-return]
+
+        def one_chunk(hidden: Tensor) -> Tensor:
+            out: Tensor = original(self, {self.module_input_name: hidden}, **kwargs)[TOKENS]
+            return out
+
+        features[self.module_output_name] = tokens.map(one_chunk)
+        return features
+
+    return forward
+
+
+def _pooling_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: Pooling, features: Features, **kwargs: Any) -> Features:
+        if not isinstance(features[TOKENS], TokenStream):
+            return original(self, features, **kwargs)  # type: ignore[no-any-return]
+        tokens: TokenStream = features.pop(TOKENS)
+        modes = (self.pooling_mode,) if isinstance(self.pooling_mode, str) else self.pooling_mode
+        prompt_length = 0 if self.include_prompt else int(features.get("prompt_length", 0))
+        pooling = StreamingPooling(modes, tokens.lengths, prompt_length)
+        for chunk in tokens.chunks:
+            pooling.update(chunk)
+        features["sentence_embedding"] = pooling.finalize()
+        return features
+
+    return forward

@@ -1,0 +1,51 @@
+"""Everything that is run in this repository, each by one short verb: `python3 -m nox -s VERB`."""
+
+import nox
+
+nox.options.sessions = ["lint", "tests"]
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+
+# No test and no demo reaches for a model hub.
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+
+
+def install(session, *groups, extras=""):
+    """The package itself, and dependency groups of pyproject.toml, as pinned in ci/constraints.txt.
+
+    torch is named first and exactly, so that a machine that has a wheel of it at hand takes that.
+    """
+    session.install("-c", "ci/constraints.txt", "torch")
+    wanted = [word for group in groups for word in ("--group", group)]
+    session.install("-c", "ci/constraints.txt", "-e", f".{extras}", *wanted)
+
+
+@nox.session
+def demo(session):
+    """Embed real text, whole and in chunks: numbers on the screen, a plot in demo-out/."""
+    install(session, "demo")
+    session.run("python", "-m", "ci.demo", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def tests(session):
+    """All tests that need no GPU."""
+    install(session, "tests", extras="[embed]")
+    session.run("pytest", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def lint(session):
+    """Lint, formatting, and types."""
+    install(session, "lint", extras="[embed]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session(default=False)
+def bench(session):
+    """Measurements, never part of the tests: peak memory over the length of the text."""
+    install(session, "demo")
+    session.run("python", "-m", "ci.bench_memory", *session.posargs, env=OFFLINE)
