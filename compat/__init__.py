@@ -13,22 +13,26 @@ recurrent state is carried between them. The result is that of one pass over the
 `iter_chunks` and `last_hidden_state` do the same for a plain transformers model, and need no hooks.
 """
 
-from compat._chunks import iter_chunks, last_hidden_state
-from compat._errors import (
-    UnsupportedModelError,
-    UnsupportedPipelineError,
-    UnsupportedVersionError,
-    VerticalChunkingError,
-)
-from compat._families import supported_models_table
-from compat._hooks import (
-    LibraryStatus,
-    Report,
-    disable_vertical_chunking,
-    enable_vertical_chunking,
-    status,
-    vertical_chunking,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compat._chunks import iter_chunks, last_hidden_state
+    from compat._errors import (
+        UnsupportedModelError,
+        UnsupportedPipelineError,
+        UnsupportedVersionError,
+        VerticalChunkingError,
+    )
+    from compat._families import supported_models_table
+    from compat._hooks import (
+        LibraryStatus,
+        Report,
+        disable_vertical_chunking,
+        enable_vertical_chunking,
+        status,
+        vertical_chunking,
+    )
 
 __all__ = [
     "LibraryStatus",
@@ -45,3 +49,34 @@ __all__ = [
     "supported_models_table",
     "vertical_chunking",
 ]
+
+_HOMES = {
+    "_chunks": ["iter_chunks", "last_hidden_state"],
+    "_errors": [
+        "UnsupportedModelError",
+        "UnsupportedPipelineError",
+        "UnsupportedVersionError",
+        "VerticalChunkingError",
+    ],
+    "_families": ["supported_models_table"],
+    "_hooks": [
+        "LibraryStatus",
+        "Report",
+        "disable_vertical_chunking",
+        "enable_vertical_chunking",
+        "status",
+        "vertical_chunking",
+    ],
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for: torch and transformers take seconds, and `--help` needs neither."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"compat.{module}"), name)
+    raise AttributeError(f"module 'compat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compat._families import Family, backbone_of
+from compat._families import backbone_of
+from compat._family import Family
 from compat._pooling import Chunk, StreamingPooling
 from compat._transformers import require_support
 
@@ -116,30 +117,18 @@ def stream(
         A `Chunk` for each part, of the rows that reach it.
     """
     rows = torch.arange(len(input_ids), device=input_ids.device)
-    cache: Any = None
+    state: Any = None
     for start, end in parts:
         alive = (lengths[rows] > start).nonzero()[:, 0]
         if len(alive) < len(rows):
             rows = rows[alive]
             if not len(rows):
                 return
-            if cache is not None:
-                cache.reorder_cache(alive)
-        extra = {}
-        if family.position_ids:
-            positions = torch.arange(start, end, device=rows.device)
-            extra["position_ids"] = positions.expand(len(rows), -1)
-        output = backbone(
-            input_ids=input_ids[rows, start:end],
-            use_cache=True,
-            return_dict=True,
-            **{family.cache: cache},
-            **extra,
-        )
-        cache = output[family.cache]
-        here = (lengths[rows] - start).clamp(max=end - start)
-        yield Chunk(start, rows, here, output.last_hidden_state)
-        del output  # The next chunk's hidden states must not come on top of this one's.
+            if state is not None:
+                state = family.select_rows(state, alive)
+        hidden, state = family.forward(backbone, input_ids[rows, start:end], start, state)
+        yield Chunk(start, rows, (lengths[rows] - start).clamp(max=end - start), hidden)
+        del hidden  # The next chunk's hidden states must not come on top of this one's.
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -211,7 +200,7 @@ def _iter_columns(
     """`iter_chunks` after its checks: one stream for each column in which rows begin."""
     parts = windows(input_ids.shape[1], size)
     streams: dict[int, tuple[Tensor, Iterator[Chunk]]] = {}
-    for column in first[lengths > 0].unique().tolist():
+    for column in sorted(set(first[lengths > 0].tolist())):
         rows = ((first == column) & (lengths > 0)).nonzero()[:, 0]
         own = [(max(start - column, 0), end - column) for start, end in parts if end > column]
         tokens = input_ids[rows, column:]

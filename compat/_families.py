@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import cast
 
 from transformers import PreTrainedModel
 
+from compat import _mamba, _xlstm
 from compat._errors import UnsupportedModelError
+from compat._family import Family
+from compat._mamba import Mamba
+from compat._minimax import MiniMax
+from compat._patches import Held
+from compat._recurrent_gemma import RecurrentGemma
+from compat._rwkv import Rwkv
+from compat._xlstm import XLstm
 
-
-@dataclass(frozen=True)
-class Family:
-    """How the models of one `model_type` carry their state from chunk to chunk.
-
-    Attributes:
-        cache: Name of the argument, and of the output, that holds the state.
-        position_ids: Whether the model takes `position_ids` and wants them to go on.
-        grows: Whether attention layers keep keys and values of the whole text beside the state.
-    """
-
-    cache: str
-    position_ids: bool
-    grows: bool
-
-
-_RECURRENT = Family(cache="cache_params", position_ids=False, grows=False)
-_HYBRID = Family(cache="past_key_values", position_ids=True, grows=True)
+_HYBRID = Family("past_key_values", position_ids=True, grows=True)
 
 FAMILIES: dict[str, Family] = {
-    "mamba2": _RECURRENT,
+    "mamba2": Family("cache_params", position_ids=False, grows=False),
+    "rwkv": Rwkv("state", position_ids=False, grows=False),
+    "xlstm": XLstm("cache_params", position_ids=False, grows=False),
+    "mamba": Mamba("cache_params", position_ids=False, grows=False),
+    "falcon_mamba": Mamba("cache_params", position_ids=False, grows=False),
+    "jamba": Mamba("past_key_values", position_ids=True, grows=True),
+    "zamba": Mamba("past_key_values", position_ids=True, grows=True),
+    "minimax": MiniMax("past_key_values", position_ids=True, grows=True),
+    # Its attention layers look back over a window only.
+    "recurrent_gemma": RecurrentGemma("past_key_values", position_ids=True, grows=False),
     "bailing_hybrid": _HYBRID,
     "bamba": _HYBRID,
     "falcon_h1": _HYBRID,
@@ -51,6 +51,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def family_patches() -> list[Held]:
+    """The patches of all families that need one; the chunk loop holds them by itself."""
+    return [*_mamba.PATCHED.values(), _xlstm.PATCHED]
+
+
 def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
     """The model without its head, and the way its state is carried.
 
@@ -64,7 +69,7 @@ def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
             "a transformers PreTrainedModel with recurrent state",
             "pass the transformers model itself, e.g. SentenceTransformer(...).transformers_model",
         )
-    backbone = model.base_model
+    backbone = cast(PreTrainedModel, model.base_model)
     model_type = backbone.config.model_type
     if model_type not in FAMILIES:
         raise UnsupportedModelError(

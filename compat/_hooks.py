@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Literal
 
 from compat import _sentence_transformers, _transformers
+from compat._families import family_patches
+from compat._patches import Patches
 
 State = Literal["native", "patched", "absent"]
 
 _lock = threading.RLock()
 _patches: Patches | None = None
+_models = ExitStack()
 
 
 @dataclass(frozen=True)
@@ -51,30 +54,6 @@ class Report:
         )
 
 
-class Patches:
-    """Class attributes that were replaced, and what they were."""
-
-    def __init__(self) -> None:
-        self._undo: list[tuple[type, str, Any]] = []
-
-    def __len__(self) -> int:
-        return len(self._undo)
-
-    def set(self, owner: type, name: str, value: object) -> None:
-        """Replace `owner.name`; an inherited attribute is overridden, and later deleted again."""
-        self._undo.append((owner, name, vars(owner).get(name, self)))
-        setattr(owner, name, value)
-
-    def undo(self) -> None:
-        """Put the very objects back that were there."""
-        while self._undo:
-            owner, name, before = self._undo.pop()
-            if before is self:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
-
-
 def enable_vertical_chunking() -> Report:
     """Let `SentenceTransformer.encode` take `vertical_chunk_size`, in this process.
 
@@ -89,19 +68,15 @@ def enable_vertical_chunking() -> Report:
         UnsupportedVersionError: A library is installed but is not what the hooks expect; nothing
             is patched then.
     """
-    global _patches
+    global _models, _patches
     with _lock:
         if _patches is None:
             _transformers.require_support()
-            planned = _sentence_transformers.plan()
-            patches = Patches()
-            try:
-                for owner, name, value in planned:
-                    patches.set(owner, name, value)
-            except BaseException:
-                patches.undo()
-                raise
-            _patches = patches
+            with ExitStack() as stack:
+                for held in family_patches():
+                    stack.enter_context(held)
+                _patches = Patches(_sentence_transformers.plan())
+                _models = stack.pop_all()
         return status()
 
 
@@ -112,6 +87,7 @@ def disable_vertical_chunking() -> None:
         if _patches is not None:
             _patches.undo()
             _patches = None
+            _models.close()
 
 
 @contextmanager

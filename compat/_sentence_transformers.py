@@ -25,6 +25,7 @@ from compat import _progress
 from compat._chunks import align_left, check_chunk_size, iter_chunks, stream, windows
 from compat._errors import UnsupportedPipelineError, UnsupportedVersionError
 from compat._families import backbone_of
+from compat._patches import Patch
 from compat._pooling import Chunk, StreamingPooling
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-Patch = tuple[type, str, object]
 Features = dict[str, Any]
 
 KEYWORD = "vertical_chunk_size"
@@ -68,22 +68,28 @@ class _Run:
         pooled: Whether only sentence embeddings are asked for, so that tokens can be streamed.
         bar: The progress bar, in characters.
         chars: Characters in the present batch.
+        moved: Those of them that the bar has gone over.
     """
 
     size: int
     pooled: bool
     bar: Any
     chars: int = 0
+    moved: int = 0
+
+    def move(self, done: int, total: int) -> None:
+        """Move the bar over the batch's characters, in proportion to its tokens that are done."""
+        step = self.chars * done // total - self.moved
+        self.bar.update(step)
+        self.moved += step
 
     def watch(self, chunks: Iterator[Chunk], total: int) -> Iterator[Chunk]:
-        """Pass the chunks on; move the bar by the batch's characters as its tokens go by."""
-        tokens = moved = 0
+        """Pass the chunks on, and move the bar as their tokens go by."""
+        tokens = 0
         for chunk in chunks:
             yield chunk
             tokens += int(chunk.lengths.sum())
-            step = self.chars * tokens // total - moved
-            self.bar.update(step)
-            moved += step
+            self.move(tokens, total)
 
 
 _encoding: ContextVar[bool] = ContextVar("compat_encoding", default=False)
@@ -294,7 +300,7 @@ def _preprocess(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def preprocess(self: SentenceTransformer, inputs: Sequence[Any], **kwargs: Any) -> Any:
         if (run := _run.get()) is not None:
-            run.chars = sum(map(self._input_length, inputs))
+            run.chars, run.moved = sum(map(self._input_length, inputs)), 0
         return original(self, inputs, **kwargs)
 
     return preprocess
@@ -411,11 +417,11 @@ def _transformer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             features[TOKENS] = TokenStream(run.watch(chunks, int(lengths.sum())), lengths)
         else:
             pieces = []
-            for _, hidden in iter_chunks(
+            for start, hidden in iter_chunks(
                 self.model, input_ids=input_ids, attention_mask=mask, vertical_chunk_size=run.size
             ):
                 pieces.append(hidden)
-                run.bar.update(run.chars * hidden.shape[1] // input_ids.shape[1])
+                run.move(start + hidden.shape[1], input_ids.shape[1])
             features[TOKENS] = torch.cat(pieces, dim=1)
         return features
 

@@ -1,0 +1,170 @@
+"""The command line: `python -m compat status` and `python -m compat embed`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compat._errors import VerticalChunkingError
+
+app = typer.Typer(
+    help="Embed texts of any length in constant memory with recurrent language models.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+class Dtype(StrEnum):
+    """The choices of --dtype."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def status(
+    models: Annotated[
+        bool, typer.Option("--models", help="Print the model families and what is known of them.")
+    ] = False,
+) -> None:
+    """Print what is installed, and where vertical chunking is native, patched or absent."""
+    import compat
+
+    typer.echo(compat.supported_models_table() if models else str(compat.status()))
+
+
+def _output(path: Path) -> Path:
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; a file is needed.")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"The folder {path.parent} does not exist; create it first.")
+    return path
+
+
+@app.command()
+def embed(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="INPUT",
+            help="Text files in UTF-8; folders, searched through all levels, in sorted order, for "
+            "every file that ends in .txt, .md, .rst or .text; .jsonl and .parquet files.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            callback=_output,
+            help="The Parquet file to write: id, num_tokens (of the text as the model reads it, "
+            "without a prompt), embedding and the text's sha256, one row for each document, in "
+            "the order of the inputs. Documents that it has already are "
+            "not embedded again unless their text has changed, and rows of documents that are no "
+            "longer among the inputs are kept, at the end.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Folder of a SentenceTransformer; without it, the package's own small model, of "
+            "which stderr says whether its weights are trained.",
+            show_default=False,
+        ),
+    ] = None,
+    vertical_chunk_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Tokens of each text that go through the model at a time: decides the memory, "
+            "not the numbers.",
+        ),
+    ] = 512,
+    batch_size: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Documents that are embedded side by side."),
+    ] = 8,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            metavar="TYPE",
+            help="Number format of the model: float32, bfloat16, float16, or auto for that of its "
+            "files.",
+        ),
+    ] = Dtype.auto,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="D",
+            help="Where to compute, such as cpu or cuda:0; without it, a GPU if there is one.",
+            show_default=False,
+        ),
+    ] = None,
+    text_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column of the texts in .jsonl and .parquet files.")
+    ] = "text",
+    id_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column of the ids (strings or integers) in .jsonl and .parquet files; without "
+            "it, a document's id is FILE:LINE, counted from 1. A text file's id is its path.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Embed documents into a Parquet file.
+
+    Finished rows are kept in FILE.partial until all is done: after an
+    interruption, the same command carries on where it stopped.
+    What cannot be embedded is named on stderr, one line each, and the
+    rest is embedded.
+
+    Exit status: 0 if every document is in the output, 1 if some could
+    not be embedded, 2 if the command could not be carried out.
+    """
+    if find_spec("pyarrow") is None:
+        remedy = 'pip install "vertical-chunking[embed]"'
+        raise _failure(VerticalChunkingError("no pyarrow", "pyarrow, for Parquet", remedy))
+    from compat._embed import embed as run
+
+    try:
+        problems = run(
+            inputs,
+            output,
+            model=model,
+            vertical_chunk_size=vertical_chunk_size,
+            batch_size=batch_size,
+            dtype=dtype.value,
+            device=device,
+            text_column=text_column,
+            id_column=id_column,
+        )
+    except (VerticalChunkingError, OSError) as error:
+        raise _failure(error) from error
+    except KeyboardInterrupt as error:
+        typer.echo("Interrupted. The same command carries on after the last full batch.", err=True)
+        raise typer.Exit(130) from error
+    if problems:
+        typer.echo(f"Not embedded: {problems}, named above.", err=True)
+        raise typer.Exit(1)
+
+
+def _failure(error: Exception) -> typer.Exit:
+    typer.echo(f"Error: {error}", err=True)
+    return typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m compat")

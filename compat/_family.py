@@ -1,0 +1,53 @@
+"""How a model carries its state from one vertical chunk to the next: what most families need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that give out their state as a cache, and continue exactly from it.
+
+    Families that differ have a subclass in a module of their own.
+
+    Attributes:
+        cache: Name of the argument, and of the output, that holds the state.
+        position_ids: Whether the model takes the positions of the tokens in the text.
+        grows: Whether attention layers keep keys and values of the whole text beside the state.
+    """
+
+    cache: str
+    position_ids: bool
+    grows: bool
+
+    def forward(
+        self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
+    ) -> tuple[Tensor, Any]:
+        """Run one chunk through all layers.
+
+        Args:
+            backbone: The model without its head.
+            input_ids: (batch, chunk) int64, without padding before any token.
+            start: How many tokens of the text came before the chunk.
+            state: What the chunk before gave; None for the first.
+
+        Returns:
+            The last hidden state, (batch, chunk, hidden_size), and the state after the chunk.
+        """
+        extra: dict[str, Any] = {self.cache: state}
+        if self.position_ids:
+            positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+            extra["position_ids"] = positions.expand(len(input_ids), -1)
+        output = backbone(input_ids=input_ids, use_cache=True, return_dict=True, **extra)
+        return output.last_hidden_state, output[self.cache]
+
+    def select_rows(self, state: Any, rows: Tensor) -> Any:
+        """The state of some rows of the batch; rows is (n,) int64."""
+        state.reorder_cache(rows)
+        return state

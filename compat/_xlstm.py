@@ -1,0 +1,88 @@
+"""xLSTM: a state in float32 whatever the model's dtype, of the layers' own head dimensions.
+
+As of transformers 5.23.0 the model makes its cache in its own dtype, and for head dimensions
+rounded up to 64, which the layers do not round. Its scan raises where a state in float32, which is
+its own default too, meets lower inputs of at least one inner chunk; there it is run in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compat._family import Family
+from compat._patches import Held, Patch
+
+
+class XLstm(Family):
+    """xLSTM of transformers, with a cache of ours, and with its scan patched where it raises."""
+
+    def forward(
+        self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
+    ) -> tuple[Tensor, Any]:
+        """Run one chunk; see `Family.forward`."""
+        if state is None:
+            state = self._new_cache(backbone, input_ids)
+        with PATCHED:
+            return super().forward(backbone, input_ids, start, state)
+
+    def select_rows(self, state: Any, rows: Tensor) -> Any:
+        """The state of some rows."""
+        state.rnn_state = {
+            layer: tuple(part[rows] for part in parts) for layer, parts in state.rnn_state.items()
+        }
+        return state
+
+    def _new_cache(self, backbone: PreTrainedModel, input_ids: Tensor) -> Any:
+        from transformers.models.xlstm.modeling_xlstm import xLSTMCache
+
+        config: Any = backbone.config
+        heads = config.num_heads
+        qk_head_dim = int(config.hidden_size * config.qk_dim_factor) // heads
+        v_head_dim = int(config.hidden_size * config.v_dim_factor) // heads
+        shape = (len(input_ids), heads)
+        cache: Any = xLSTMCache(config, 0, dtype=torch.float32)
+        cache.seqlen_offset = cache.seqlen_offset.to(input_ids.device)
+        cache.rnn_state = {
+            layer: tuple(
+                torch.zeros(*shape, *dims, dtype=torch.float32, device=input_ids.device)
+                for dims in ((qk_head_dim, v_head_dim), (qk_head_dim,), (1,))
+            )
+            for layer in cache.rnn_state
+        }
+        return cache
+
+
+def plan() -> list[Patch]:
+    """What to patch in transformers; nothing where the layers come from the xlstm package."""
+    module = importlib.import_module("transformers.models.xlstm.modeling_xlstm")
+    backend = getattr(module, "xLSTMBackend", None)
+    return [] if backend is None else [(backend, "forward", _in_float32(backend.forward))]
+
+
+def _in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def backend_forward(self: Any, **kwargs: Any) -> Any:
+        query, state = kwargs["query"], kwargs["c_initial"]
+        raises = (
+            "inference" in self.config.mode
+            and query.dtype != torch.float32
+            and query.shape[2] >= self.config.chunk_size
+            and (state is None or state.dtype == torch.float32)
+        )
+        if not raises:
+            return forward(self, **kwargs)
+        kwargs = {k: v.float() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        hidden, states = forward(self, **kwargs)
+        return hidden.to(query.dtype), states
+
+    return backend_forward
+
+
+PATCHED = Held(plan)

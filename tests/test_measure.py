@@ -1,0 +1,71 @@
+import os
+import signal
+from functools import partial
+
+import numpy as np
+import pytest
+
+from ci import measure as module
+from ci.measure import measure
+
+MB = 2**20
+TOLERANCE = 4 * MB
+
+
+def allocate(megabytes, _subject=None):
+    """Fill so much memory, free it, and return how much it was."""
+    return np.ones(megabytes * MB, dtype=np.uint8).nbytes
+
+
+def without_clear_refs(megabytes):
+    """A set-up on a system that cannot reset the high-water mark."""
+    module._reset_peak = lambda: False
+    return allocate(megabytes)
+
+
+def killed(_subject):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def failing(_subject):
+    raise LookupError("from the work")
+
+
+def test_sees_a_known_allocation_and_returns_the_result():
+    found = measure(partial(allocate, 1), partial(allocate, 200))
+    assert found.result == 200 * MB
+    assert found.seconds > 0
+    if found.exact:
+        assert abs(found.peak_bytes - 200 * MB) < TOLERANCE
+    else:
+        assert found.peak_bytes > 200 * MB - TOLERANCE
+
+
+def test_does_not_see_what_was_freed_before():
+    found = measure(partial(allocate, 400), partial(allocate, 50))
+    if not found.exact:
+        pytest.skip("this system cannot reset the high-water mark of resident memory")
+    assert abs(found.peak_bytes - 50 * MB) < TOLERANCE
+
+
+def test_without_clear_refs_the_peak_is_never_too_small():
+    found = measure(partial(without_clear_refs, 300), partial(allocate, 200))
+    assert not found.exact
+    assert found.peak_bytes > 200 * MB - TOLERANCE
+
+
+def test_memory_that_the_set_up_keeps_is_not_counted():
+    found = measure(partial(np.ones, 200 * MB, np.uint8), partial(allocate, 10))
+    if not found.exact:
+        pytest.skip("this system cannot reset the high-water mark of resident memory")
+    assert abs(found.peak_bytes - 10 * MB) < TOLERANCE
+
+
+def test_an_error_in_the_work_is_raised_here():
+    with pytest.raises(LookupError, match="from the work"):
+        measure(int, failing)
+
+
+def test_a_killed_process_is_an_error_that_says_so():
+    with pytest.raises(ChildProcessError, match="memory"):
+        measure(int, killed)

@@ -1,0 +1,144 @@
+"""A model carries its own vertical chunk size: in memory, on disk, with hooks on and off."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from embedders import embedder, save_checkpoint, text
+from sentence_transformers import SentenceTransformer
+from tolerances import CHUNKED
+
+import compat
+
+TEXTS = [text(20), text(5)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("mamba2"))
+
+
+@pytest.fixture
+def model(checkpoint):
+    return embedder(checkpoint)
+
+
+def record_widths(model):
+    """A list that grows by the width of every batch of tokens that the model reads."""
+    widths = []
+    embeddings = model.transformers_model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    return widths
+
+
+def saved_config(folder):
+    return json.loads((Path(folder) / "config_sentence_transformers.json").read_text())
+
+
+def save(model, folder):
+    model.save(str(folder), create_model_card=False)
+    return str(folder)
+
+
+def load(folder):
+    return SentenceTransformer(folder, device="cpu")
+
+
+@pytest.mark.parametrize("method", ["encode", "encode_query", "encode_document"])
+def test_the_models_own_size_serves_calls_that_name_none(model, method):
+    full = getattr(model, method)(TEXTS)
+    compat.enable_vertical_chunking()
+    model.vertical_chunk_size = 8
+    widths = record_widths(model)
+    chunked = getattr(model, method)(TEXTS)
+    assert widths == [8, 8, 4]
+    np.testing.assert_allclose(chunked, full, rtol=0, atol=CHUNKED[torch.float32])
+
+
+def test_a_call_may_name_another_size(model):
+    compat.enable_vertical_chunking()
+    model.vertical_chunk_size = 8
+    widths = record_widths(model)
+    model.encode(TEXTS, vertical_chunk_size=10)
+    assert widths == [10, 10]
+    assert model.vertical_chunk_size == 8
+
+
+def test_none_turns_the_default_off(model):
+    compat.enable_vertical_chunking()
+    assert model.vertical_chunk_size is None
+    model.vertical_chunk_size = 8
+    model.vertical_chunk_size = None
+    widths = record_widths(model)
+    model.encode(TEXTS)
+    assert widths == [20]
+
+
+def test_the_default_is_saved_with_the_model_and_loaded_with_it(model, tmp_path):
+    compat.enable_vertical_chunking()
+    model.vertical_chunk_size = 8
+    folder = save(model, tmp_path)
+    assert saved_config(folder)["vertical_chunk_size"] == 8
+    loaded = load(folder)
+    assert loaded.vertical_chunk_size == 8
+    widths = record_widths(loaded)
+    np.testing.assert_array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
+    assert widths == [8, 8, 4]
+
+
+def test_a_model_without_a_default_is_saved_as_by_the_released_library(model, tmp_path):
+    released = saved_config(save(model, tmp_path / "released"))
+    compat.enable_vertical_chunking()
+    model.vertical_chunk_size = 8
+    model.vertical_chunk_size = None
+    folder = save(model, tmp_path / "hooked")
+    assert saved_config(folder) == released
+    assert load(folder).vertical_chunk_size is None
+
+
+def test_the_released_library_loads_a_model_with_a_default_and_gives_the_same(model, tmp_path):
+    full = model.encode(TEXTS)
+    with compat.vertical_chunking():
+        model.vertical_chunk_size = 8
+        folder = save(model, tmp_path)
+    loaded = load(folder)
+    widths = record_widths(loaded)
+    np.testing.assert_array_equal(loaded.encode(TEXTS), full)
+    assert widths == [20]
+
+
+def test_a_default_set_before_the_hooks_is_honoured_with_them(model):
+    model.vertical_chunk_size = 8
+    compat.enable_vertical_chunking()
+    assert model.vertical_chunk_size == 8
+    widths = record_widths(model)
+    model.encode(TEXTS)
+    assert widths == [8, 8, 4]
+
+
+def test_without_hooks_the_default_is_a_plain_attribute_that_does_nothing(model):
+    with compat.vertical_chunking():
+        model.vertical_chunk_size = 8
+    assert model.vertical_chunk_size == 8
+    widths = record_widths(model)
+    model.encode(TEXTS)
+    assert widths == [20]
+    model.vertical_chunk_size = 10
+    with compat.vertical_chunking():
+        model.encode(TEXTS)
+    assert widths == [20, 10, 10]
+
+
+def test_one_models_default_is_not_anothers(model, checkpoint):
+    compat.enable_vertical_chunking()
+    model.vertical_chunk_size = 8
+    assert embedder(checkpoint).vertical_chunk_size is None
+
+
+def test_a_broken_default_set_without_hooks_is_refused_when_it_is_used(model):
+    model.vertical_chunk_size = "8"
+    compat.enable_vertical_chunking()
+    with pytest.raises(TypeError, match="'8'"):
+        model.encode(TEXTS)
