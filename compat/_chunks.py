@@ -7,6 +7,8 @@ can let padding reach a token, and rows do not depend on one another.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -95,6 +97,17 @@ def align_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor
     return input_ids.gather(1, columns.clamp(max=input_ids.shape[1] - 1)), lengths
 
 
+@functools.cache
+def _warn_that_it_grows(model_type: str) -> None:
+    """Once for each model type: what vertical chunks cannot spare a hybrid."""
+    warnings.warn(
+        f"{model_type} has attention layers, which keep the keys and values of the whole text: in "
+        "vertical chunks its activations take constant memory, but that cache grows with the text. "
+        "A model without attention, such as Mamba2, does not have it.",
+        stacklevel=2,
+    )
+
+
 @torch.no_grad()
 def stream(
     backbone: PreTrainedModel,
@@ -116,6 +129,8 @@ def stream(
     Yields:
         A `Chunk` for each part, of the rows that reach it.
     """
+    if family.grows:
+        _warn_that_it_grows(str(backbone.config.model_type))
     rows = torch.arange(len(input_ids), device=input_ids.device)
     state: Any = None
     for start, end in parts:
@@ -175,7 +190,8 @@ def iter_chunks(
             padding stands between tokens.
 
     Rows that begin in different columns (a left-padded batch) are run apart from one another; pad
-    on the right to run them as one batch.
+    on the right to run them as one batch. A hybrid's attention layers keep keys and values of the
+    whole text: that cache grows with the text, and a warning says so once.
     """
     backbone, family = backbone_of(model)
     require_support()

@@ -31,17 +31,18 @@ class Patches:
 
     def _set(self, owner: Any, name: str, value: object) -> None:
         # An inherited attribute is overridden, and later deleted again.
-        self._undo.append((owner, name, vars(owner).get(name, self)))
+        before = vars(owner).get(name, self)
         setattr(owner, name, value)
+        self._undo.append((owner, name, before))
 
     def undo(self) -> None:
         """Put the very objects back that were there."""
         while self._undo:
             owner, name, before = self._undo.pop()
-            if before is not self:
-                setattr(owner, name, before)
-            elif name in vars(owner):
+            if before is self:
                 delattr(owner, name)
+            else:
+                setattr(owner, name, before)
 
 
 class Held:

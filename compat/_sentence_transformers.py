@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from compat import _progress
+from compat._checks import TOKENS, check_features, check_inputs, check_modules, without_token
 from compat._chunks import align_left, check_chunk_size, iter_chunks, stream, windows
-from compat._errors import UnsupportedPipelineError, UnsupportedVersionError
+from compat._errors import UnsupportedVersionError
 from compat._families import backbone_of
 from compat._patches import Patch
 from compat._pooling import Chunk, StreamingPooling
@@ -36,10 +37,6 @@ if TYPE_CHECKING:
 Features = dict[str, Any]
 
 KEYWORD = "vertical_chunk_size"
-TOKENS = "token_embeddings"
-
-# Bookkeeping of a call to `encode`, and tokenizer output that no recurrent model reads.
-_IGNORED_FEATURES = frozenset({"input_ids", "attention_mask", "modality", "prompt_length", "task"})
 
 
 class _Size(int):
@@ -133,7 +130,7 @@ def plan() -> list[Patch]:
         return []
     try:
         from sentence_transformers import SentenceTransformer
-        from sentence_transformers.base.modules import Dense, Normalize, Transformer
+        from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
         from sentence_transformers.sentence_transformer.modules import Pooling
     except ImportError as error:
         raise _unsupported(str(error)) from error
@@ -142,6 +139,7 @@ def plan() -> list[Patch]:
             "encode": _encode,
             "get_model_kwargs": _get_model_kwargs,
             "_inference": _inference,
+            "_multi_process": _multi_process,
             "preprocess": _preprocess,
             "_get_model_config": _get_model_config,
             "_parse_model_config": _parse_model_config,
@@ -153,8 +151,11 @@ def plan() -> list[Patch]:
     }
     for owner, factories in hooks.items():
         for name in factories:
-            if not callable(getattr(owner, name, None)):
+            method = getattr(owner, name, None)
+            if not callable(method) or getattr(method, "__isabstractmethod__", False):
                 raise _unsupported(f"{owner.__name__} has no method {name}")
+    if not callable(getattr(Router, "_resolve_route", None)):
+        raise _unsupported("Router has no method _resolve_route")
     needed = {"inputs", "show_progress_bar", "output_value"}
     if missing := needed - set(inspect.signature(SentenceTransformer._inference).parameters):
         raise _unsupported(f"SentenceTransformer._inference has no argument {sorted(missing)}")
@@ -284,8 +285,8 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
         if vertical_chunk_size is None:
             return original(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
         pooled = output_value == "sentence_embedding"
-        _check_modules(self, pooled)
-        _check_inputs(self, inputs, kwargs.get("prompt"))
+        check_modules(self, pooled, kwargs.get("task"))
+        check_inputs(self, inputs, kwargs.get("prompt"))
         with _progress.opened(sum(map(self._input_length, inputs)), show_progress_bar) as bar:
             token = _run.set(_Run(int(vertical_chunk_size), pooled, bar))
             try:
@@ -296,106 +297,31 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
     return _inference
 
 
+def _multi_process(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _multi_process(self: SentenceTransformer, inputs: list[Any], **kwargs: Any) -> Any:
+        if kwargs.get(KEYWORD) is not None:
+            # The workers check their shares too, but the indices there say nothing to the caller.
+            check_modules(self, kwargs["output_value"] == "sentence_embedding", kwargs.get("task"))
+            check_inputs(self, inputs, kwargs.get("prompt"))
+        return original(self, inputs, **kwargs)
+
+    return _multi_process
+
+
 def _preprocess(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def preprocess(self: SentenceTransformer, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        features = original(self, inputs, **kwargs)
         if (run := _run.get()) is not None:
             run.chars, run.moved = sum(map(self._input_length, inputs)), 0
-        return original(self, inputs, **kwargs)
+            # Blank texts were refused before any work; what else gives no token shows here.
+            for text, mask in zip(inputs, features.get("attention_mask", ()), strict=False):
+                if not mask.any():
+                    raise without_token(text)
+        return features
 
     return preprocess
-
-
-# The checks, before any work is done.
-
-
-def _check_inputs(model: SentenceTransformer, inputs: list[Any], prompt: str | None) -> None:
-    """Refuse texts without a token: there is nothing to embed, and no exact answer."""
-    for index, text in enumerate(inputs):
-        if isinstance(text, str) and not text.strip():
-            features = model.preprocess([text], prompt=prompt)
-            if not int(features["attention_mask"].sum()):
-                raise ValueError(
-                    f"Text {index} is {text!r}, of which the tokenizer makes no token; there is "
-                    "nothing to embed. Leave it out, or use a tokenizer that ends each text with "
-                    "a special token."
-                )
-
-
-def _check_modules(model: SentenceTransformer, pooled: bool) -> None:
-    """Refuse a model of which a module cannot work on a stream of chunks."""
-    from sentence_transformers.base.modules import Router
-
-    for first, *rest in _routes(list(model.children()), Router):
-        _check_transformer(first)
-        if pooled:
-            _check_until_pooling(rest)
-
-
-def _routes(modules: list[Any], router_type: type) -> Iterator[list[Any]]:
-    """Every sequence of modules that a text may pass through."""
-    for index, module in enumerate(modules):
-        if isinstance(module, router_type):
-            before, after = modules[:index], modules[index + 1 :]
-            for route in module.sub_modules.values():  # type: ignore[attr-defined]
-                for tail in _routes([*route.children(), *after], router_type):
-                    yield [*before, *tail]
-            return
-    yield modules
-
-
-def _check_transformer(module: Any) -> None:
-    from sentence_transformers.base.modules import Transformer
-
-    remedy = "encode without vertical_chunk_size"
-    if not isinstance(module, Transformer) or type(module).forward is not Transformer.forward:
-        raise UnsupportedPipelineError(
-            f"{type(module).__name__} as the first module",
-            "a Transformer with the forward of sentence-transformers itself",
-            remedy,
-        )
-    if module.backend != "torch":
-        raise UnsupportedPipelineError(
-            f"the {module.backend} backend",
-            "the torch backend, which alone can carry the recurrent state",
-            'load the model with backend="torch"',
-        )
-    backbone, _ = backbone_of(module.model)
-    outputs = module.modality_config.get("text", {}).get("method_output_name")
-    if module.module_output_name != TOKENS or outputs != "last_hidden_state":
-        raise UnsupportedPipelineError(
-            f"a Transformer that puts {outputs!r} into {module.module_output_name!r}",
-            f"one that puts 'last_hidden_state' into {TOKENS!r}",
-            remedy,
-        )
-    if getattr(backbone.config, "output_hidden_states", False):
-        raise UnsupportedPipelineError(
-            "a model with output_hidden_states, which keeps every layer of every token",
-            "the last hidden state alone",
-            "set model.transformers_model.config.output_hidden_states = False",
-        )
-
-
-def _check_until_pooling(modules: list[Any]) -> None:
-    from sentence_transformers.base.modules import Dense, Normalize
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
-    for module in modules:
-        if isinstance(module, Pooling) and type(module).forward is Pooling.forward:
-            return
-        known = type(module) in (Dense, Normalize)
-        if not known or {module.module_input_name, module.module_output_name} != {TOKENS}:
-            raise UnsupportedPipelineError(
-                f"{type(module).__name__} between Transformer and Pooling",
-                "modules that work on one token at a time there: Dense or Normalize from "
-                f"{TOKENS!r} to {TOKENS!r}",
-                "encode without vertical_chunk_size, or put the module behind Pooling",
-            )
-    raise UnsupportedPipelineError(
-        "a model without Pooling",
-        "a Pooling module, which makes one embedding of the stream of chunks",
-        'add one, or ask for output_value="token_embeddings"',
-    )
 
 
 # The modules. Each does what it always did when no `_inference` with a chunk size is under way.
@@ -407,7 +333,7 @@ def _transformer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         run = _run.get()
         if run is None:
             return original(self, features, **kwargs)  # type: ignore[no-any-return]
-        _check_features(self, {**features, **kwargs})
+        check_features(self, {**features, **kwargs})
         input_ids, mask = features["input_ids"], features.get("attention_mask")
         if run.pooled:
             backbone, family = backbone_of(self.model)
@@ -426,17 +352,6 @@ def _transformer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         return features
 
     return forward
-
-
-def _check_features(module: Transformer, features: Features) -> None:
-    """Refuse inputs that the model would read and that cannot be cut into chunks."""
-    declared = set(inspect.signature(module.model.forward).parameters)
-    if extra := sorted((set(features) & declared) - _IGNORED_FEATURES):
-        raise UnsupportedPipelineError(
-            f"the inputs {extra} for {type(module.model).__name__}",
-            "input_ids and attention_mask alone, of shape (batch, seqlen)",
-            "encode without vertical_chunk_size",
-        )
 
 
 def _token_wise_forward(original: Callable[..., Any]) -> Callable[..., Any]:

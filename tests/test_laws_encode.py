@@ -5,12 +5,12 @@ import functools
 import numpy as np
 import pytest
 import torch
-from embedders import embedder, save_checkpoint, text
+from embedders import character_tokenizer, embedder, save_checkpoint, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
-from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling, StaticEmbedding
 from tolerances import COSINE
 
 import compat
@@ -132,6 +132,19 @@ def test_routes_of_a_router(checkpoint, task):
     texts = texts_of([5, 40])
     found = in_chunks(model, texts, 8, task=task)
     assert cosine_distance(found, one_by_one(model, texts, task=task)) <= COSINE[torch.float32]
+
+
+def test_a_router_is_judged_by_the_route_that_the_texts_take(checkpoint):
+    static = StaticEmbedding(character_tokenizer().backend_tokenizer, embedding_dim=32)
+    document = [Transformer(checkpoint("mamba2")), Pooling(32, "mean")]
+    router = Router.for_query_document([static], document)
+    model, texts = SentenceTransformer(modules=[router], device="cpu"), texts_of([5, 40])
+    released = model.encode_document(texts)
+    with compat.vertical_chunking():
+        found = model.encode_document(texts, vertical_chunk_size=8)
+        with pytest.raises(compat.UnsupportedPipelineError, match="StaticEmbedding"):
+            model.encode_query(texts, vertical_chunk_size=8)
+    assert cosine_distance(found, released) <= COSINE[torch.float32]
 
 
 @pytest.mark.parametrize("method", ["encode", "encode_query", "encode_document"])

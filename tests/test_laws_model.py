@@ -1,6 +1,7 @@
 """The laws at the level of a model: chunking, padding and batching are invisible."""
 
 import functools
+import warnings
 
 import oracle
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK
 
 import compat
-from compat._chunks import stream, windows
+from compat._chunks import _warn_that_it_grows, stream, windows
 from compat._families import FAMILIES, backbone_of
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -196,3 +197,14 @@ def test_a_head_is_left_aside():
     ids = tokens(20)[None]
     found = in_chunks(model, ids, torch.ones_like(ids), 7)
     assert error(found, alone(body, ids, torch.ones_like(ids))) <= CHUNKED[torch.float32]
+
+
+def test_a_hybrid_says_once_that_its_cache_grows():
+    _warn_that_it_grows.cache_clear()
+    ids = tokens(12)[None]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for model_type in ("falcon_h1", "mamba2", "falcon_h1"):
+            in_chunks(cached_model(model_type), ids, torch.ones_like(ids), 4)
+    (only,) = said
+    assert "falcon_h1 has attention layers" in str(only.message)
