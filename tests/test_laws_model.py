@@ -82,6 +82,38 @@ def test_chunks_give_each_row_what_it_gives_alone(model_type, batch, size):
     assert error(found, wanted) <= CHUNKED[torch.float32]
 
 
+# Families whose released code can be run in float64; in the others, experts or a kernel's torch
+# stand-in refuse it.
+IN_FLOAT64 = [
+    "bamba",
+    "falcon_h1",
+    "falcon_mamba",
+    "lfm2",
+    "lfm3",
+    "mamba",
+    "mamba2",
+    "olmo_hybrid",
+    "qwen3_5_text",
+    "recurrent_gemma",
+    "rwkv",
+    "xlstm",
+    "zamba",
+    "zamba2",
+]
+
+
+@pytest.mark.parametrize("model_type", IN_FLOAT64)
+@settings(max_examples=8)
+@given(batch=batches(), size=st.integers(1, 35))
+def test_chunks_are_no_worse_than_the_full_pass_against_float64(model_type, batch, size):
+    model = cached_model(model_type)
+    input_ids, mask = batch
+    exact = alone(cached_model(model_type, dtype=torch.float64), input_ids, mask)
+    full = error(alone(model, input_ids, mask), exact)
+    chunked = error(in_chunks(model, input_ids, mask, size), exact)
+    assert chunked <= NO_WORSE_FACTOR * full + NO_WORSE_SLACK[torch.float32]
+
+
 @pytest.mark.parametrize("model_type", ["mamba2", "falcon_h1"])
 @settings(max_examples=FEW)
 @given(batch=batches(), size=st.integers(1, 35))
