@@ -51,6 +51,32 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_TEXT_MODEL = (
+    "it reads images or sound beside text, which cannot be cut into chunks of tokens; for texts, "
+    "take its text model, model.base_model.language_model (of type {})"
+)
+
+# Recurrent models of transformers that are not read in chunks: why, and what to do instead.
+UNSUPPORTED: dict[str, str] = {
+    "glm5_next": _TEXT_MODEL.format("glm5_next_text"),
+    "inkling2": _TEXT_MODEL.format("inkling2_text"),
+    "inkling_mm_model": _TEXT_MODEL.format("inkling_text"),
+    "jev": "a head for decisions, not embeddings; for those, take its text model, "
+    "model.base_model (of type qwen3_5_text)",
+    "lfm2_vl": _TEXT_MODEL.format("lfm2"),
+    "lfm3_vl": _TEXT_MODEL.format("lfm3"),
+    "lfm3_vl_vision": "a vision tower: it reads no text; use an embedding model of text",
+    "minicpm_ocr": _TEXT_MODEL.format("qwen3_5_text"),
+    "minicpmv4_6": _TEXT_MODEL.format("qwen3_5_text"),
+    "minicpmv4_7": _TEXT_MODEL.format("qwen3_5_text"),
+    "nemo_speechlm": _TEXT_MODEL.format("nemotron_h"),
+    "nemotron_h_omni": _TEXT_MODEL.format("nemotron_h"),
+    "qwen3_5": _TEXT_MODEL.format("qwen3_5_text"),
+    "qwen3_5_moe": _TEXT_MODEL.format("qwen3_5_moe_text"),
+    "qwen4_exp": _TEXT_MODEL.format("qwen4_exp_text"),
+}
+
+
 def family_patches() -> list[Held]:
     """The patches of all families that need one; the chunk loop holds them by itself."""
     return [*_mamba.PATCHED.values(), _xlstm.PATCHED]
@@ -60,8 +86,8 @@ def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
     """The model without its head, and the way its state is carried.
 
     Raises:
-        UnsupportedModelError: The model is not a transformers model, or its type is not one that
-            is known to continue exactly from its state.
+        UnsupportedModelError: The model is not a transformers model, its type is not one that is
+            known to continue exactly from its state, or its state is turned off.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -72,21 +98,28 @@ def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
     backbone = cast(PreTrainedModel, model.base_model)
     model_type = backbone.config.model_type
     if model_type not in FAMILIES:
+        reason = UNSUPPORTED.get(model_type)
         raise UnsupportedModelError(
-            f"a model of type {model_type!r} ({type(backbone).__name__})",
+            f"a model of type {model_type!r} ({type(backbone).__name__})"
+            + (f": {reason}" if reason else ""),
             "a model whose recurrent state is known to be carried exactly: "
             + ", ".join(sorted(FAMILIES)),
             "encode it without vertical_chunk_size, or split the text yourself",
+        )
+    if backbone.training and backbone.is_gradient_checkpointing:
+        raise UnsupportedModelError(
+            "a model in training mode with activation checkpointing, which turns its cache off",
+            "a model that gives out its state",
+            "call model.eval() first",
         )
     return backbone, FAMILIES[model_type]
 
 
 def supported_models_table() -> str:
-    """The registry as a table: one line for each model type."""
-    width = max(map(len, FAMILIES))
-    lines = [
-        f"{name.ljust(width)}  {family.cache.ljust(15)}  "
-        + ("its keys and values grow with the text" if family.grows else "constant memory")
-        for name, family in sorted(FAMILIES.items())
-    ]
-    return "\n".join(lines)
+    """The registry as a table: one line for each model type, supported or not."""
+    width = max(map(len, [*FAMILIES, *UNSUPPORTED]))
+    lines = {name: f"not supported: {reason}" for name, reason in UNSUPPORTED.items()}
+    for name, family in FAMILIES.items():
+        memory = "keys and values grow with the text" if family.grows else "constant memory"
+        lines[name] = f"supported; its state is in {family.cache}; {memory}"
+    return "\n".join(f"{name.ljust(width)}  {line}" for name, line in sorted(lines.items()))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from embedders import character_tokenizer, embedder, save_checkpoint, text
+from families import tiny_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import (
@@ -386,3 +387,11 @@ def test_a_row_of_padding_is_zeros_and_has_no_last_token(model):
     torch.testing.assert_close(hidden[1:], full, rtol=0, atol=CHUNKED[torch.float32])
     with pytest.raises(ValueError, match="Row 0 has no token"):
         compat.last_hidden_state(backbone, **arguments)
+
+
+def test_activation_checkpointing_in_training_turns_the_state_off():
+    model = tiny_model("mamba2").train()
+    model.activation_checkpointing_enable()
+    ids = torch.arange(12)[None]
+    with pytest.raises(compat.UnsupportedModelError, match="model.eval"):
+        compat.last_hidden_state(model, input_ids=ids, vertical_chunk_size=4)

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from ci import demo
 from ci import measure as module
 from ci.measure import measure
 
@@ -69,3 +70,35 @@ def test_an_error_in_the_work_is_raised_here():
 def test_a_killed_process_is_an_error_that_says_so():
     with pytest.raises(ChildProcessError, match="memory"):
         measure(int, killed)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What the demo sets out to measure; a 100 token row that took 1 s and 100 MB comes first."""
+    calls = []
+    monkeypatch.setattr(demo, "measure", lambda *args: calls.append(args) or "measured")
+    before = demo.Row("short", ["text"], [np.zeros(100)], 0)
+    before.full = before.chunked = module.Measurement(1.0, 100 * MB, True, np.ones((1, 2)))
+    long = demo.Row("long", ["text"], [np.zeros(1000)], 0)
+    return before, long, calls
+
+
+def test_the_demo_runs_no_full_pass_that_does_not_fit(measured, monkeypatch):
+    before, long, calls = measured
+    monkeypatch.setattr(demo, "free_bytes", lambda: 1000 * MB)
+    assert demo._embedding(long, "full", None, before) is None
+    assert not calls
+    assert "memory" in long.notes[0]
+    assert "1,049 MB" in long.notes[0]
+    assert demo._embedding(long, "chunked", 512, before) == "measured"
+
+
+def test_the_demo_runs_a_full_pass_that_fits_but_none_that_takes_too_long(measured, monkeypatch):
+    before, long, calls = measured
+    monkeypatch.setattr(demo, "free_bytes", lambda: 5000 * MB)
+    assert demo._embedding(long, "full", None, before) == "measured"
+    monkeypatch.setattr(demo, "LONGEST_SECONDS", 5)
+    assert demo._embedding(long, "full", None, before) is None
+    assert demo._embedding(long, "chunked", 512, before) is None
+    assert all("time" in note for note in long.notes)
+    assert len(calls) == 1
