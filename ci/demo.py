@@ -1,13 +1,14 @@
 """Embed real text in one pass and in chunks, and compare: `python -m ci.demo [--output DIR]`.
 
 The text is Python's own documentation: its topics as documents, all topics as one text, parts of
-that text, and a text four times as long. Each embedding is made in a process of its own, which
+that text, and a text three times as long. Each embedding is made in a process of its own, which
 measures its memory; a table is printed, and a plot written.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,9 +31,14 @@ if TYPE_CHECKING:
 
 VERTICAL_CHUNK_SIZE = 512
 BATCH_SIZE = 4
-MODEL = "default model: Mamba2, 4 layers of 256, float32, on the CPU"
-LONGEST_SECONDS = 90  # One embedding that would take longer is not made: the demo is to be short.
+LONGEST_SECONDS = 80  # One embedding that would take longer is not made: the demo is to be short.
 SHARE_OF_FREE = 0.9  # The estimate is rough, and the machine has other work to do.
+
+_CONFIG = json.loads((FOLDER / "config.json").read_text())
+MODEL = (
+    f"default model: {_CONFIG['model_type']}, {_CONFIG['num_hidden_layers']} layers of "
+    f"{_CONFIG['hidden_size']}, {_CONFIG['dtype']}, on the CPU"
+)
 
 Embedding = Measurement[np.ndarray]
 
@@ -48,7 +54,7 @@ class Row:
         tokenizer_bytes: Peak memory of making the tokens.
         full: In one pass, or None where that was not run.
         chunked: In chunks, or None where that was not run.
-        estimate: Bytes that the full pass was thought to need, 0 for the first one.
+        estimate: Bytes that the full pass would have needed; None where it was run.
         notes: Why something was not run.
     """
 
@@ -58,7 +64,7 @@ class Row:
     tokenizer_bytes: int
     full: Embedding | None = None
     chunked: Embedding | None = None
-    estimate: float = 0
+    estimate: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -119,7 +125,7 @@ def load_model(texts: list[str], tokens: list[np.ndarray]) -> SentenceTransforme
 def embed(
     texts: list[str], name: str, vertical_chunk_size: int | None, model: SentenceTransformer
 ) -> np.ndarray:
-    """`encode` as a user calls it; (len(texts), 256) float32."""
+    """Call `encode`, and show a bar; returns (len(texts), hidden_size) float32."""
     characters = sum(map(len, texts))
     bar = tqdm(total=characters, desc=name, unit="char", unit_scale=True, leave=False, disable=None)
     with bar, _progress.into(bar):
@@ -137,47 +143,51 @@ def _texts() -> Iterator[tuple[str, list[str]]]:
     topics = list(corpus.topics().values())
     yield f"{len(topics)} topics, {BATCH_SIZE} at a time", topics
     yield "all topics as one text", [long]
-    yield "the same and docstrings", [corpus.text_of_length(4 * len(long))]
+    yield "topics and docstrings", [corpus.text_of_length(3 * len(long))]
 
 
-def _run(row: Row, kind: str, size: int | None, seconds: float, needed: float) -> Embedding | None:
-    """Embed, unless it would take too much time or memory; then, add a note to the row."""
-    free = free_bytes()
-    if needed > SHARE_OF_FREE * free or seconds > LONGEST_SECONDS:
-        row.notes.append(
-            f"{row.name}, {kind}: not run. By the run before, it would need about "
-            f"{needed / 1e6:,.0f} MB and {seconds:.0f} s; {free / 1e6:,.0f} MB are free, and the "
-            f"demo allows {LONGEST_SECONDS} s."
-        )
-        return None
+def _embedding(row: Row, kind: str, size: int | None, before: Row | None) -> Embedding | None:
+    """Embed, unless it would take too much memory or time; then, add a note to the row.
+
+    Args:
+        row: The texts.
+        kind: "full" or "chunked", the row's attribute that the result is for.
+        size: The vertical chunk size, None for a full pass.
+        before: The longest texts that were embedded this way.
+    """
+    name, last = f"{row.name}, {kind}", getattr(before, kind, None)
+    if before and last:
+        needed = last.peak_bytes * (row.widest / before.widest if size is None else 1)
+        seconds = last.seconds * row.total / before.total
+        free = free_bytes()
+        short_of = "memory" if needed > SHARE_OF_FREE * free else "time"
+        if short_of == "memory" or seconds > LONGEST_SECONDS:
+            row.estimate = needed if size is None else row.estimate
+            row.notes.append(
+                f"{name}: not run for want of {short_of}.\nBy the run before, it would take about "
+                f"{needed / 1e6:,.0f} MB and {seconds:.0f} s; there are {free / 1e6:,.0f} MB free, "
+                f"and {LONGEST_SECONDS} s."
+            )
+            return None
+    setup = partial(load_model, row.texts, row.tokens)
     try:
-        return measure(
-            partial(load_model, row.texts, row.tokens),
-            partial(embed, row.texts, f"{row.name}, {kind}", size),
-        )
+        return measure(setup, partial(embed, row.texts, name, size))
     except ChildProcessError as error:
-        row.notes.append(f"{row.name}, {kind}: {error}")
+        row.notes.append(f"{name}: {error}")
         return None
 
 
 def _rows() -> Iterator[Row]:
     """Measure row by row."""
-    last_full: Row | None = None
-    last_chunked: Row | None = None
+    full: Row | None = None
+    chunked: Row | None = None
     for name, texts in _texts():
         tokenized = measure(load_tokenizer, partial(tokenize, texts))
         row = Row(name, texts, tokenized.result, tokenized.peak_bytes)
-        seconds = 0.0
-        if last_full and last_full.full:
-            row.estimate = last_full.full.peak_bytes * row.widest / last_full.widest
-            seconds = last_full.full.seconds * row.total / last_full.total
-        row.full = _run(row, "full", None, seconds, row.estimate)
-        seconds = 0.0
-        if last_chunked and last_chunked.chunked:
-            seconds = last_chunked.chunked.seconds * row.total / last_chunked.total
-        row.chunked = _run(row, "chunked", VERTICAL_CHUNK_SIZE, seconds, 0)
-        last_full = row if row.full else last_full
-        last_chunked = row if row.chunked else last_chunked
+        row.full = _embedding(row, "full", None, full)
+        row.chunked = _embedding(row, "chunked", VERTICAL_CHUNK_SIZE, chunked)
+        full = row if row.full else full
+        chunked = row if row.chunked else chunked
         yield row
 
 
@@ -189,15 +199,14 @@ def differences(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
 
 ABOUT = (
-    "text: Python's documentation, of any length; each line is one call of encode\n"
-    "peak MB: memory above the loaded model, for making the tokens and for reading them\n"
-    "difference: between the embeddings of the two, as numbers and as cosine distance"
+    "peak MB: memory of one call of encode, above the loaded model, the tokenizer's own apart\n"
+    "difference: between the embeddings of both, the largest of any number, and cosine distance"
 )
 HEADER = (
-    f"{'':24}{'':>9}{'tokenizer':>11}{'full pass':>18}"
-    f"{f'in chunks of {VERTICAL_CHUNK_SIZE}':>20}{'difference':>20}\n"
-    f"{'text':24}{'tokens':>9}{'peak MB':>11}{'seconds':>9}{'peak MB':>9}"
-    f"{'seconds':>11}{'peak MB':>9}{'largest':>10}{'cosine':>10}"
+    f"{'':23}{'':8}{'tokenizer':>11}{'full pass':>18}"
+    f"{f'in chunks of {VERTICAL_CHUNK_SIZE}':>20}{'difference':>19}\n"
+    f"{'text':23}{'tokens':>8}{'peak MB':>11}{'seconds':>9}{'peak MB':>9}"
+    f"{'seconds':>11}{'peak MB':>9}{'largest':>10}{'cosine':>9}"
 )
 
 
@@ -209,11 +218,11 @@ def line(row: Row) -> str:
             return f"{'not run':>{width + 9}}"
         return f"{found.seconds:{width}.1f}{found.peak_bytes / 1e6:9,.0f}"
 
-    text = f"{row.name:24}{row.total:9,}{row.tokenizer_bytes / 1e6:11,.0f}"
+    text = f"{row.name:23}{row.total:8,}{row.tokenizer_bytes / 1e6:11,.0f}"
     text += cells(row.full, 9) + cells(row.chunked, 11)
     if row.full and row.chunked:
         largest, cosine = differences(row.full.result, row.chunked.result)
-        text += f"{largest:10.1e}{cosine:10.1e}"
+        text += f"{largest:10.0e}{cosine:9.0e}"
     return text
 
 
@@ -228,7 +237,7 @@ def plot(rows: list[Row], path: Path) -> None:
     full = [(row.total, row.full.peak_bytes / 1e6) for row in single if row.full]
     chunked = [(row.total, row.chunked.peak_bytes / 1e6) for row in single if row.chunked]
     tokenizer = [(row.total, row.tokenizer_bytes / 1e6) for row in single]
-    not_run = [(row.total, row.estimate / 1e6) for row in single if not row.full]
+    not_run = [(row.total, row.estimate / 1e6) for row in single if row.estimate]
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
 
     def draw(
@@ -246,8 +255,9 @@ def plot(rows: list[Row], path: Path) -> None:
         text: dict[str, Any] = {"color": color, "textcoords": "offset points"}
         axes.annotate(label, points[-1], xytext=(11, 5), va="top", **text)
         for x, y in points if numbers else []:
-            offset = (0, 8 if above else -15)
-            axes.annotate(numbers.format(y), (x, y), xytext=offset, ha="center", size=9, **text)
+            # Above a line that rises, to the left of the point is where there is room.
+            offset, side = ((4, 7), "right") if above else ((0, -15), "center")
+            axes.annotate(numbers.format(y), (x, y), xytext=offset, ha=side, size=9, **text)
 
     if not_run:
         draw("", full[-1:] + not_run, "C3", linestyle="--")
@@ -294,6 +304,8 @@ def main() -> None:
         rows.append(row)
     for note in (note for row in rows for note in row.notes):
         print(f"\n{note}")
+    if any(found and not found.exact for row in rows for found in (row.full, row.chunked)):
+        print("\nPeaks may be too large: this system cannot reset the high-water mark of memory.")
     path = output / "memory.png"
     plot(rows, path)
     print(f"\nPeak memory over length: {path}")

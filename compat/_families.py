@@ -106,7 +106,7 @@ def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
             + ", ".join(sorted(FAMILIES)),
             "encode it without vertical_chunk_size, or split the text yourself",
         )
-    if backbone.training and backbone.is_gradient_checkpointing:
+    if backbone.training and backbone.is_activation_checkpointing:
         raise UnsupportedModelError(
             "a model in training mode with activation checkpointing, which turns its cache off",
             "a model that gives out its state",
