@@ -35,6 +35,14 @@ def tests(session):
     session.run("pytest", *session.posargs, env=OFFLINE)
 
 
+@nox.session(name="test-fla", default=False)
+def test_fla(session):
+    """Models of flash-linear-attention and xlstm, in Triton's interpreter: some minutes."""
+    install(session, "fla", extras="[fla,xlstm]")
+    files = ["tests/test_fla.py", "tests/test_xlstm_large.py"]
+    session.run("pytest", *files, *session.posargs, env=OFFLINE | {"TRITON_INTERPRET": "1"})
+
+
 @nox.session
 def lint(session):
     """Lint, formatting, and types."""

@@ -6,7 +6,7 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from compat import _mamba, _xlstm
+from compat import _fla, _mamba, _xlstm, _xlstm_large
 from compat._errors import UnsupportedModelError
 from compat._family import Family
 from compat._mamba import Mamba
@@ -89,13 +89,17 @@ def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
         UnsupportedModelError: The model is not a transformers model, its type is not one that is
             known to continue exactly from its state, or its state is turned off.
     """
+    if _xlstm_large.is_xlstm_large(model):
+        return model, _xlstm_large.family_of(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"an object of type {type(model).__name__}",
-            "a transformers PreTrainedModel with recurrent state",
+            "a transformers PreTrainedModel with recurrent state, or an xLSTMLarge",
             "pass the transformers model itself, e.g. SentenceTransformer(...).transformers_model",
         )
     backbone = cast(PreTrainedModel, model.base_model)
+    if _fla.is_fla(backbone):  # Before the registry: fla has models of the same names.
+        return backbone, _fla.family_of(backbone)
     model_type = backbone.config.model_type
     if model_type not in FAMILIES:
         reason = UNSUPPORTED.get(model_type)
@@ -116,10 +120,16 @@ def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
 
 
 def supported_models_table() -> str:
-    """The registry as a table: one line for each model type, supported or not."""
-    width = max(map(len, [*FAMILIES, *UNSUPPORTED]))
-    lines = {name: f"not supported: {reason}" for name, reason in UNSUPPORTED.items()}
-    for name, family in FAMILIES.items():
-        memory = "keys and values grow with the text" if family.grows else "constant memory"
-        lines[name] = f"supported; its state is in {family.cache}; {memory}"
-    return "\n".join(f"{name.ljust(width)}  {line}" for name, line in sorted(lines.items()))
+    """The registry as a table: one line for each model type, the supported ones first."""
+    families = FAMILIES | {f"{name} (fla)": family for name, family in _fla.FAMILIES.items()}
+    refused = {f"{name} (fla)": reason for name, (reason, _) in _fla.REFUSED.items()}
+    lines = {
+        name: f"supported; its state is in {family.cache}; "
+        + ("keys and values grow with the text" if family.grows else "constant memory")
+        for name, family in sorted(families.items())
+    }
+    lines["xLSTMLarge (xlstm)"] = "supported; constant memory"
+    for name, reason in sorted((UNSUPPORTED | refused).items()):
+        lines[name] = f"not supported: {reason}"
+    width = max(map(len, lines))
+    return "\n".join(f"{name.ljust(width)}  {line}" for name, line in lines.items())

@@ -393,5 +393,5 @@ def test_activation_checkpointing_in_training_turns_the_state_off():
     model = tiny_model("mamba2").train()
     model.activation_checkpointing_enable()
     ids = torch.arange(12)[None]
-    with pytest.raises(compat.UnsupportedModelError, match="model.eval"):
+    with pytest.raises(compat.UnsupportedModelError, match=r"model\.eval"):
         compat.last_hidden_state(model, input_ids=ids, vertical_chunk_size=4)
