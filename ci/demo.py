@@ -1,7 +1,7 @@
 """Embed real text in one pass and in chunks, and compare: `python -m ci.demo [--output DIR]`.
 
 The text is Python's own documentation: its topics as documents, all topics as one text, parts of
-that text, and a text three times as long. Each embedding is made in a process of its own, which
+that text, and a text twice as long. Each embedding is made in a process of its own, which
 measures its memory; a table is printed, and a plot written.
 """
 
@@ -143,7 +143,7 @@ def _texts() -> Iterator[tuple[str, list[str]]]:
     topics = list(corpus.topics().values())
     yield f"{len(topics)} topics, {BATCH_SIZE} at a time", topics
     yield "all topics as one text", [long]
-    yield "topics and docstrings", [corpus.text_of_length(3 * len(long))]
+    yield "topics and docstrings", [corpus.text_of_length(2 * len(long))]
 
 
 def _embedding(row: Row, kind: str, size: int | None, before: Row | None) -> Embedding | None:
