@@ -54,6 +54,11 @@ class Held:
         self._holders = 0
         self._patches: Patches | None = None
 
+    @property
+    def patched(self) -> bool:
+        """Whether anything is replaced at this moment."""
+        return bool(self._patches)
+
     def __enter__(self) -> None:
         with self._lock:
             if self._patches is None:

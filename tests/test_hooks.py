@@ -140,7 +140,7 @@ def test_status_changes_nothing(enabled):
 
 def test_the_report_follows_the_hooks():
     off = {"transformers": "native", "sentence-transformers": "absent"}
-    on = {"transformers": "native", "sentence-transformers": "patched"}
+    on = {"transformers": "patched", "sentence-transformers": "patched"}
     assert states(compat.status()) == off
     assert "enable_vertical_chunking()" in reason(compat.status(), "sentence-transformers")
     enabled = compat.enable_vertical_chunking()
@@ -381,7 +381,7 @@ def test_without_sentence_transformers_plain_models_still_work(monkeypatch, mode
     monkeypatch.setattr(_sentence_transformers, "installed", lambda: False)
     with untouched():
         report = compat.enable_vertical_chunking()
-        assert states(report) == {"transformers": "native", "sentence-transformers": "absent"}
+        assert states(report) == {"transformers": "patched", "sentence-transformers": "absent"}
         assert reason(report, "sentence-transformers") == "not installed"
         assert "sentence-transformers  -" in str(report)
         backbone, ids = model.transformers_model, torch.arange(3, 12)[None]
