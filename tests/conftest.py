@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from embedders import embedder, save_checkpoint
 from hypothesis import settings
 
 import compat
@@ -27,3 +28,15 @@ def _hooks_off_afterwards():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def mamba2_checkpoint(tmp_path_factory):
+    """A saved tiny Mamba2 with its tokenizer."""
+    return save_checkpoint(tmp_path_factory.mktemp("mamba2"))
+
+
+@pytest.fixture
+def model(mamba2_checkpoint):
+    """An embedder of its own for each test: that Mamba2, and mean pooling."""
+    return embedder(mamba2_checkpoint)

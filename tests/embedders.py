@@ -55,3 +55,11 @@ def text(length: int, seed: int = 0) -> str:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + length)
     picks = torch.randint(26, (length,), generator=generator).tolist()
     return "".join(ALPHABET[i] for i in picks)
+
+
+def record_widths(model):
+    """A list that grows by the width of every batch of tokens that the model reads."""
+    widths = []
+    embeddings = model.transformers_model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    return widths

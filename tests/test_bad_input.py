@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from embedders import character_tokenizer, embedder, save_checkpoint, text
+from embedders import character_tokenizer, embedder, record_widths, save_checkpoint, text
 from families import tiny_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
@@ -31,26 +31,8 @@ def _hooks_on():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("mamba2"))
-
-
-@pytest.fixture(scope="module")
 def ending_checkpoint(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("ending"), end_of_text=True)
-
-
-@pytest.fixture
-def model(checkpoint):
-    return embedder(checkpoint)
-
-
-def record_widths(model):
-    """A list that grows by the width of every batch of tokens that the model reads."""
-    widths = []
-    embeddings = model.transformers_model.get_input_embeddings()
-    embeddings.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
-    return widths
 
 
 def assert_close(chunked, full):
@@ -169,13 +151,13 @@ def test_an_empty_text_behind_a_prompt_has_an_embedding(model):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "lasttoken", "mean", "weightedmean"])
-def test_a_text_of_one_token_is_exact(checkpoint, pooling):
-    model = embedder(checkpoint, pooling=pooling)
+def test_a_text_of_one_token_is_exact(mamba2_checkpoint, pooling):
+    model = embedder(mamba2_checkpoint, pooling=pooling)
     assert_close(model.encode("a", vertical_chunk_size=4), model.encode("a"))
 
 
-def test_a_text_of_200_000_tokens_does_not_depend_on_its_chunks(checkpoint):
-    model = embedder(checkpoint, pooling=("mean", "lasttoken"))
+def test_a_text_of_200_000_tokens_does_not_depend_on_its_chunks(mamba2_checkpoint):
+    model = embedder(mamba2_checkpoint, pooling=("mean", "lasttoken"))
     very_long = text(200_000)
     # The last chunk has 1344 tokens, or 5: too few to tell the state that comes before them.
     one, other = (model.encode(very_long, vertical_chunk_size=size) for size in (2048, 1005))
@@ -255,25 +237,25 @@ def assert_refused(model, *found, **arguments):
 
 
 @pytest.mark.parametrize("name", CANNOT_STREAM)
-def test_a_module_that_cannot_stream_before_pooling_is_refused_by_name(checkpoint, name):
-    model = embedder(checkpoint, CANNOT_STREAM[name](), Pooling(WIDTH))
+def test_a_module_that_cannot_stream_before_pooling_is_refused_by_name(mamba2_checkpoint, name):
+    model = embedder(mamba2_checkpoint, CANNOT_STREAM[name](), Pooling(WIDTH))
     assert_refused(model, name, "between Transformer and Pooling")
 
 
-def test_a_model_without_pooling_is_refused_but_for_its_tokens(checkpoint):
-    model = embedder(checkpoint, Normalize(TOKENS))
+def test_a_model_without_pooling_is_refused_but_for_its_tokens(mamba2_checkpoint):
+    model = embedder(mamba2_checkpoint, Normalize(TOKENS))
     assert_refused(model, "without Pooling")
     arguments = {"output_value": TOKENS}
     (chunked,) = model.encode([text(20)], vertical_chunk_size=8, **arguments)
     assert_close(chunked, model.encode([text(20)], **arguments)[0])
 
 
-def test_a_pooling_with_a_forward_of_its_own_is_refused_by_name(checkpoint):
-    assert_refused(embedder(checkpoint, HalvedPooling(WIDTH)), "HalvedPooling")
+def test_a_pooling_with_a_forward_of_its_own_is_refused_by_name(mamba2_checkpoint):
+    assert_refused(embedder(mamba2_checkpoint, HalvedPooling(WIDTH)), "HalvedPooling")
 
 
-def test_a_pooling_that_only_has_another_name_streams(checkpoint):
-    model = embedder(checkpoint, RenamedPooling(WIDTH))
+def test_a_pooling_that_only_has_another_name_streams(mamba2_checkpoint):
+    model = embedder(mamba2_checkpoint, RenamedPooling(WIDTH))
     assert_close(model.encode([text(20)], vertical_chunk_size=8), model.encode([text(20)]))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentence_transformers
 import torch
-from embedders import embedder, save_checkpoint, text
+from embedders import text
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
@@ -43,16 +43,6 @@ def states(report):
 
 def reason(report, library):
     return next(status.reason for status in report.libraries if status.library == library)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("mamba2"))
-
-
-@pytest.fixture
-def model(checkpoint):
-    return embedder(checkpoint)
 
 
 @pytest.fixture

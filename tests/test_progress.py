@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from embedders import embedder, save_checkpoint, text
+from embedders import embedder, text
 from tqdm.auto import tqdm
 
 import compat
@@ -13,14 +13,9 @@ TEXTS = [text(n) for n in (30, 7, 100, 1, 55)]
 TOTAL = sum(map(len, TEXTS))
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("mamba2"))
-
-
 @pytest.fixture
-def model(checkpoint, capsys):
-    loaded = embedder(checkpoint)
+def model(mamba2_checkpoint, capsys):
+    loaded = embedder(mamba2_checkpoint)
     compat.enable_vertical_chunking()
     loaded.encode(["a"], vertical_chunk_size=2)
     capsys.readouterr()  # Loading has bars of its own.

@@ -6,31 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from embedders import embedder, save_checkpoint, text
+from embedders import embedder, record_widths, text
 from sentence_transformers import SentenceTransformer
 from tolerances import CHUNKED
 
 import compat
 
 TEXTS = [text(20), text(5)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("mamba2"))
-
-
-@pytest.fixture
-def model(checkpoint):
-    return embedder(checkpoint)
-
-
-def record_widths(model):
-    """A list that grows by the width of every batch of tokens that the model reads."""
-    widths = []
-    embeddings = model.transformers_model.get_input_embeddings()
-    embeddings.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
-    return widths
 
 
 def saved_config(folder):
@@ -131,10 +113,10 @@ def test_without_hooks_the_default_is_a_plain_attribute_that_does_nothing(model)
     assert widths == [20, 10, 10]
 
 
-def test_one_models_default_is_not_anothers(model, checkpoint):
+def test_one_models_default_is_not_anothers(model, mamba2_checkpoint):
     compat.enable_vertical_chunking()
     model.vertical_chunk_size = 8
-    assert embedder(checkpoint).vertical_chunk_size is None
+    assert embedder(mamba2_checkpoint).vertical_chunk_size is None
 
 
 def test_a_broken_default_set_without_hooks_is_refused_when_it_is_used(model):
