@@ -9,6 +9,8 @@ nox.options.error_on_missing_interpreters = True
 
 # No test and no demo reaches for a model hub.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# Triton's kernels run on a CPU, in its interpreter.
+INTERPRET = {"TRITON_INTERPRET": "1"}
 
 
 def install(session, *groups, extras=""):
@@ -30,17 +32,32 @@ def demo(session):
 
 @nox.session
 def tests(session):
-    """All tests that need no GPU."""
+    """All tests that need no GPU, but for the slow ones of the kernels."""
     install(session, "tests", extras="[embed]")
-    session.run("pytest", *session.posargs, env=OFFLINE)
+    session.run("pytest", "-m", "not slow", *session.posargs, env=OFFLINE | INTERPRET)
+
+
+@nox.session(default=False)
+def forks(session):
+    """Build the forks, check that each series is in order, and print the roadmap."""
+    install(session, "forks")
+    for verb in ["sync", "check", "status"]:
+        session.run("python", "-m", "ci.forks", verb, *session.posargs)
+
+
+@nox.session(name="test-kernels", default=False)
+def test_kernels(session):
+    """The kernels of the forks, stock and patched, run and compiled without a GPU: 20 minutes."""
+    install(session, "tests")
+    session.run("pytest", "tests/kernels", *session.posargs, env=OFFLINE | INTERPRET)
 
 
 @nox.session(name="test-fla", default=False)
 def test_fla(session):
     """Models of flash-linear-attention and xlstm, in Triton's interpreter: some minutes."""
-    install(session, "fla", extras="[fla,xlstm]")
+    install(session, "tests", extras="[fla,xlstm]")
     files = ["tests/test_fla.py", "tests/test_xlstm_large.py"]
-    session.run("pytest", *files, *session.posargs, env=OFFLINE | {"TRITON_INTERPRET": "1"})
+    session.run("pytest", *files, *session.posargs, env=OFFLINE | INTERPRET)
 
 
 @nox.session

@@ -1,0 +1,30 @@
+"""Forks of upstream libraries: a pinned release, and the patches of this repository on it.
+
+    python -m ci.forks sync   [LIBRARY…]   patches/LIBRARY -> forks/LIBRARY/tree
+    python -m ci.forks export [LIBRARY…]   forks/LIBRARY/tree -> patches/LIBRARY
+    python -m ci.forks check  [LIBRARY…]   what must hold of the patches that are committed
+    python -m ci.forks status [LIBRARY…]   the roadmap: native, patched or missing
+
+`forks/LIBRARY/fork.toml` pins the release. `forks/LIBRARY/stock` has its files, as they are.
+`forks/LIBRARY/tree` is a git repository: the release as tag `base`, new files of this repository
+that the patches need as tag `overlay`, and on branch `main` one commit for each patch. Patches are
+written as commits there; sync and export are exact inverses.
+
+Where patches do not fit, as after a change of the pin: move patches/LIBRARY away, sync, apply them
+in the tree by `git am --keep`, mend there what does not fit, and export.
+"""
+
+from ci.forks._commands import check, export, patched, status, sync
+from ci.forks._release import ROOT, ForkError, libraries, stock
+
+__all__ = [
+    "ROOT",
+    "ForkError",
+    "check",
+    "export",
+    "libraries",
+    "patched",
+    "status",
+    "stock",
+    "sync",
+]

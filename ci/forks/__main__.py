@@ -1,0 +1,48 @@
+"""The command line: `python -m ci.forks VERB [LIBRARY…]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ci import forks
+
+
+def main(arguments: list[str] | None = None, root: Path = forks.ROOT) -> int:
+    """Run the command line, and return the exit status: 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ci.forks",
+        description=forks.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=["sync", "export", "check", "status"])
+    parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help="all, if none is named")
+    parser.add_argument("--force", action="store_true", help="sync: lose what is not exported")
+    options = parser.parse_intermixed_args(arguments)
+    libraries = options.libraries or forks.libraries(root)
+    problems = []
+    try:
+        if options.verb == "status":
+            print(forks.status(libraries, root))
+            return 0
+        for library in libraries:
+            if options.verb == "sync":
+                changed = forks.sync(library, root, force=options.force)
+                done = "built" if changed else "nothing to do"
+            elif options.verb == "export":
+                done = "exported" if forks.export(library, root) else "nothing to do"
+            else:
+                found = forks.check(library, root)
+                problems += found
+                done = f"problems: {len(found)}" if found else "right"
+            print(f"{library}: {done}", flush=True)
+    except forks.ForkError as error:
+        problems.append(str(error))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""What is done with forks: build, export, check, and tell where the roadmap stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ci import roadmap
+from ci.forks._release import ROOT, Fork, ForkError, replace, scratch, stock
+from ci.forks._tree import (
+    SYNCED,
+    build,
+    commits,
+    committed,
+    contents,
+    exported,
+    git,
+    listed,
+    start,
+    uncommitted,
+    unexported,
+)
+
+PARTS = ["Why", "API", "Verified", "Not verified", "Upstream", "Unneeded when"]
+
+
+def patched(library: str, root: Path = ROOT) -> Path:
+    """The patched sources; made anew where they are not what patches/ says.
+
+    A tree with work that is not exported is returned as it is.
+    """
+    fork = Fork.read(library, root)
+    if not unexported(fork):
+        sync(library, root)
+    return fork.tree
+
+
+def sync(library: str, root: Path = ROOT, *, force: bool = False) -> bool:
+    """Build forks/LIBRARY/tree from the release, the overlays and patches/LIBRARY.
+
+    Args:
+        library: Name of the fork.
+        root: The repository.
+        force: Throw away what the tree has beyond patches/.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        ForkError: A wrong hash, a patch that does not apply exactly, a series that does not fit
+            its folder, or a tree with work that is not exported. The tree is left as it was.
+    """
+    fork = Fork.read(library, root)
+    if not force and (work := unexported(fork)):
+        raise ForkError(
+            f"{library}: {fork.tree} has {work}. Needed: all of it in {fork.patches}. Commit it on "
+            f"main and run `python -m ci.forks export {library}`, or lose it with sync --force."
+        )
+    stock(library, root)
+    with scratch(fork) as folder:
+        new = Path(folder, "tree")
+        build(fork, listed(fork), new)
+        if not force and fork.tree.exists() and contents(new) == contents(fork.tree):
+            return False
+        replace(fork.tree, new)
+    return True
+
+
+def export(library: str, root: Path = ROOT) -> bool:
+    """Write the commits of forks/LIBRARY/tree to patches/LIBRARY, and return whether they changed.
+
+    Raises:
+        ForkError: The tree is missing, has changes that are not committed, or commits from which
+            `git am` would not make the same ones again; patches/ is left as it was.
+    """
+    fork = Fork.read(library, root)
+    if not fork.tree.exists():
+        raise ForkError(f"{library}: no {fork.tree}; `python -m ci.forks sync {library}` makes it.")
+    if work := uncommitted(fork):
+        raise ForkError(f"{library}: {fork.tree} has {work}; commit or finish that first.")
+    patches = exported(fork.tree)
+    if git(fork.tree, "rev-list", "--merges", f"{start(fork.tree)}..main"):
+        raise ForkError(f"{library}: main of {fork.tree} has a merge; make it linear: git rebase.")
+    with scratch(fork) as folder:
+        again = Path(folder, "tree")
+        build(fork, {name: patches[name] for name in patches if name != "series"}, again)
+        found = exported(again)
+    for name, patch in patches.items():
+        if found.get(name) != patch:
+            raise ForkError(
+                f"{library}: {name} would not come back from `git am` as it is. Needed: a message "
+                "whose first line stands alone, with no line that git takes for the start of a "
+                f"patch, and {fork.tree} on the release that is pinned."
+            )
+    changed = patches != committed(fork)
+    for name in committed(fork).keys() - patches.keys():
+        (fork.patches / name).unlink()
+    for name, patch in patches.items():
+        fork.patches.mkdir(parents=True, exist_ok=True)
+        (fork.patches / name).write_bytes(patch)
+    git(fork.tree, "update-ref", SYNCED, "main")
+    return changed
+
+
+def check(library: str, root: Path = ROOT) -> list[str]:
+    """All that is wrong with a fork as it is committed; empty if it is right."""
+    fork, problems = Fork.read(library, root), []
+    if not (fork.folder / "PULL_REQUEST.md").is_file():
+        problems.append(f"{library}: no {fork.folder / 'PULL_REQUEST.md'}.")
+    with scratch(fork) as folder:
+        tree = Path(folder, "tree")
+        try:
+            patches = listed(fork)
+            build(fork, patches, tree)
+        except ForkError as error:
+            return [*problems, str(error)]
+        overlays = {overlay["to"] for overlay in fork.overlays}
+        for name, commit in zip(patches, commits(tree), strict=False):
+            faults = _message_faults(git(tree, "log", "-1", "--format=%B", commit))
+            files = git(tree, "diff", "--name-only", f"{commit}~", commit).splitlines()
+            faults += [
+                f"{path} is an overlay; change the file that it is made from"
+                for path in sorted(overlays.intersection(files))
+            ]
+            problems += [f"{library}: {name}: {fault}." for fault in faults]
+        wanted, found = exported(tree), committed(fork)
+    problems += [
+        f"{library}: {name} is not what export writes; run sync, then export."
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if work := unexported(fork):
+        problems.append(f"{library}: {fork.tree} has {work}; commit it and run export.")
+    return problems
+
+
+def _message_faults(message: str) -> list[str]:
+    """Which parts of a commit message are missing or empty."""
+    parts = re.split(rf"^({'|'.join(PARTS)}):", message, flags=re.MULTILINE)
+    said = dict(zip(parts[1::2], parts[2::2], strict=True))
+    faults = [f"the message has no `{part}:`" for part in PARTS if part not in said]
+    return faults + [
+        f"`{part}:` is empty in the message" for part in said if not said[part].strip()
+    ]
+
+
+def status(names: list[str], root: Path = ROOT) -> str:
+    """A table: each item of the roadmap, and where the upstream library stands."""
+    rows = [("roadmap item", "upstream", "state")]
+    for library in names:
+        upstream = f"{library} {Fork.read(library, root).version}"
+        native, mended = stock(library, root), patched(library, root)
+        for item in roadmap.ITEMS:
+            if item.library == library:
+                state = "patched" if item.probe(mended) else "missing"
+                rows.append((item.title, upstream, "native" if item.probe(native) else state))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,155 @@
+"""The pin of a fork, and the release that it names."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+class ForkError(Exception):
+    """A fork that cannot be fetched, built or exported; says what was found, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Fork:
+    """The pin of a library, as its fork.toml has it.
+
+    Attributes:
+        library: Name of the folders in forks/ and patches/.
+        root: The repository.
+        name: On PyPI.
+        version: Of the release.
+        sha256: Of the release's sdist, in hex.
+        license: SPDX expression.
+        environment: Variables that the sdist's metadata step needs.
+        overlays: New files, each {"from": path in this repository, "to": path in the tree}.
+    """
+
+    library: str
+    root: Path
+    name: str
+    version: str
+    sha256: str
+    license: str
+    environment: dict[str, str] = field(default_factory=dict)
+    overlays: list[dict[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, library: str, root: Path = ROOT) -> Fork:
+        """Read forks/LIBRARY/fork.toml; a ForkError names what is wrong in it."""
+        path = root / "forks" / library / "fork.toml"
+        if not path.is_file():
+            raise ForkError(f"{library}: no such fork; there are {', '.join(libraries(root))}.")
+        try:
+            fork = cls(library, root, **tomllib.loads(path.read_text()))
+        except (TypeError, tomllib.TOMLDecodeError) as error:
+            raise ForkError(f"{path}: {error}") from error
+        if not re.fullmatch("[0-9a-f]{64}", fork.sha256):
+            raise ForkError(f"{path}: sha256 is {fork.sha256!r}; 64 hex digits are needed.")
+        for overlay in fork.overlays:
+            if set(overlay) != {"from", "to"}:
+                raise ForkError(f"{path}: an overlay has {sorted(overlay)}; from, to are needed.")
+        return fork
+
+    @property
+    def folder(self) -> Path:
+        """Where the fork is defined and built."""
+        return self.root / "forks" / self.library
+
+    @property
+    def tree(self) -> Path:
+        """The patched sources, a git repository."""
+        return self.folder / "tree"
+
+    @property
+    def patches(self) -> Path:
+        """The committed form of the patches."""
+        return self.root / "patches" / self.library
+
+    @property
+    def sdist(self) -> Path:
+        """The release."""
+        return self.folder / f"{self.name.replace('-', '_')}-{self.version}.tar.gz"
+
+
+def libraries(root: Path = ROOT) -> list[str]:
+    """All libraries that have a fork."""
+    return sorted(path.parent.name for path in root.glob("forks/*/fork.toml"))
+
+
+def scratch(fork: Fork) -> tempfile.TemporaryDirectory[str]:
+    """A folder for what is not finished, from which it can be renamed into its place."""
+    return tempfile.TemporaryDirectory(dir=fork.folder, prefix=".new-")
+
+
+def replace(folder: Path, new: Path) -> None:
+    """Put `new`, which lies in a scratch folder, in the place of `folder`."""
+    if folder.exists():
+        folder.rename(new.with_name("old"))
+    new.rename(folder)
+
+
+def stock(library: str, root: Path = ROOT) -> Path:
+    """The release's sources, unpatched; made anew where they are missing or were changed."""
+    fork = Fork.read(library, root)
+    folder = fork.folder / "stock"
+    with tarfile.open(fetched(fork)) as release:
+        for member in release:
+            path = folder / member.name.partition("/")[2]
+            file = release.extractfile(member)
+            if file and not (path.is_file() and path.read_bytes() == file.read()):
+                break
+        else:
+            return folder
+    with scratch(fork) as new:
+        unpack(fork, Path(new, "stock"))
+        replace(folder, Path(new, "stock"))
+    return folder
+
+
+def fetched(fork: Fork) -> Path:
+    """The release's sdist, whose hash is right; pip checks it before it runs anything of it."""
+    if not fork.sdist.exists():
+        with scratch(fork) as new:
+            line = f"{fork.name}=={fork.version} --hash=sha256:{fork.sha256}\n"
+            Path(new, "requirements.txt").write_text(line)
+            command = "-m pip download --no-deps --no-binary :all: --no-build-isolation -q"
+            command += " --disable-pip-version-check --require-hashes -r requirements.txt -d ."
+            run = subprocess.run(
+                [sys.executable, *command.split()],
+                cwd=new,
+                env=os.environ | fork.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            found = Path(new, fork.sdist.name)
+            if run.returncode or not found.exists():
+                raise ForkError(f"{fork.library}: pip could not fetch {line.strip()}\n{run.stdout}")
+            found.rename(fork.sdist)
+    found_hash = hashlib.sha256(fork.sdist.read_bytes()).hexdigest()
+    if found_hash != fork.sha256:
+        raise ForkError(
+            f"{fork.library}: {fork.sdist} has sha256 {found_hash}, and fork.toml pins "
+            f"{fork.sha256}. Delete the file, so that it is fetched again, or correct the pin."
+        )
+    return fork.sdist
+
+
+def unpack(fork: Fork, folder: Path) -> None:
+    """Make `folder` with the files of the release."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+        with tarfile.open(fetched(fork)) as release:
+            release.extractall(new, filter="data")
+        (top,) = Path(new).iterdir()
+        top.rename(folder)
