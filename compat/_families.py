@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from compat import _fla, _mamba, _xlstm, _xlstm_large
 from compat._errors import UnsupportedModelError
 from compat._family import Family
+from compat._fused import Mamba2
 from compat._mamba import Mamba
 from compat._minimax import MiniMax
 from compat._patches import Held
@@ -17,9 +18,10 @@ from compat._rwkv import Rwkv
 from compat._xlstm import XLstm
 
 _HYBRID = Family("past_key_values", position_ids=True, grows=True)
+_MAMBA2_HYBRID = Mamba2("past_key_values", position_ids=True, grows=True)
 
 FAMILIES: dict[str, Family] = {
-    "mamba2": Family("cache_params", position_ids=False, grows=False),
+    "mamba2": Mamba2("cache_params", position_ids=False, grows=False),
     "rwkv": Rwkv("state", position_ids=False, grows=False),
     "xlstm": XLstm("cache_params", position_ids=False, grows=False),
     "mamba": Mamba("cache_params", position_ids=False, grows=False),
@@ -30,23 +32,23 @@ FAMILIES: dict[str, Family] = {
     # Its attention layers look back over a window only.
     "recurrent_gemma": RecurrentGemma("past_key_values", position_ids=True, grows=False),
     "bailing_hybrid": _HYBRID,
-    "bamba": _HYBRID,
+    "bamba": _MAMBA2_HYBRID,
     "falcon_h1": _HYBRID,
     "glm5_next_text": _HYBRID,
-    "granitemoehybrid": _HYBRID,
+    "granitemoehybrid": _MAMBA2_HYBRID,
     "inkling2_text": _HYBRID,
     "inkling_text": _HYBRID,
     "kimi_linear": _HYBRID,
     "lfm2": _HYBRID,
     "lfm2_moe": _HYBRID,
     "lfm3": _HYBRID,
-    "nemotron_h": _HYBRID,
+    "nemotron_h": _MAMBA2_HYBRID,
     "olmo_hybrid": _HYBRID,
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,
     "qwen4_exp_text": _HYBRID,
-    "zamba2": _HYBRID,
+    "zamba2": _MAMBA2_HYBRID,
     "zaya": _HYBRID,
 }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-from compat import _sentence_transformers, _transformers
+from compat import _fused, _sentence_transformers, _transformers
 from compat._families import family_patches
 from compat._patches import Patches
 
@@ -40,18 +40,25 @@ class LibraryStatus:
 
 @dataclass(frozen=True)
 class Report:
-    """The status of each library; as a string, a table."""
+    """The status of each library, and of the kernels on a GPU; as a string, a table and a line.
+
+    Attributes:
+        libraries: What is native, patched or absent, and why.
+        fused: What the Mamba2 mixers of a model on a GPU run on, or why on nothing of their own.
+    """
 
     libraries: tuple[LibraryStatus, ...]
+    fused: str
 
     def __str__(self) -> str:
         head = ("library", "version", "state", "reason")
         rows = [head] + [(s.library, s.version or "-", s.state, s.reason) for s in self.libraries]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return "\n".join(
+        lines = [
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
             for row in rows
-        )
+        ]
+        return "\n".join([*lines, "", f"fused path of Mamba2 on a GPU: {self.fused}"])
 
 
 def enable_vertical_chunking() -> Report:
@@ -107,7 +114,8 @@ def vertical_chunking() -> Iterator[Report]:
 
 def status() -> Report:
     """The state of vertical chunking in each library; changes nothing."""
-    return Report((_transformers_status(), _sentence_transformers_status()))
+    libraries = (_transformers_status(), _sentence_transformers_status())
+    return Report(libraries, _fused.describe())
 
 
 def _installed(distribution: str) -> str | None:

@@ -146,9 +146,11 @@ def test_the_report_names_the_installed_versions():
     assert versions["sentence-transformers"] == sentence_transformers.__version__
 
 
-def test_the_report_as_a_string_is_a_table():
+def test_the_report_as_a_string_is_a_table_and_a_line():
     report = compat.enable_vertical_chunking()
-    head, *rows = str(report).splitlines()
+    table, line = str(report).split("\n\n")
+    assert line == f"fused path of Mamba2 on a GPU: {report.fused}"
+    head, *rows = table.splitlines()
     assert head.split() == ["library", "version", "state", "reason"]
     assert len(rows) == len(report.libraries)
     for row, status in zip(rows, report.libraries, strict=True):

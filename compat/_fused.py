@@ -1,0 +1,331 @@
+"""Mamba2 on a GPU: a chunk from the cache through the kernels of causal-conv1d and mamba-ssm.
+
+As of transformers 5.23.0 a mixer that continues from its cache copies the convolution's state and
+the whole chunk into a new tensor for the convolution, and does the gated norm in plain torch, in
+float32. Here the convolution is given its initial state as one, and the norm is a kernel too. The
+numbers are the same but for one rounding less, that of the normed values before the norm's weight.
+On a CPU, and where something is not known to be exact, the released forward runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compat._family import Family
+from compat._patches import Held, Patch
+
+# The model types, and the class of their mixers, in transformers.models.
+MIXERS = {
+    "bamba": "BambaMixer",
+    "granitemoehybrid": "GraniteMoeHybridMambaLayer",
+    "mamba2": "Mamba2Mixer",
+    "nemotron_h": "NemotronHMamba2Mixer",
+    "zamba2": "Zamba2MambaMixer",
+}
+# What is replaced is known by its text: a release that computes something else is left alone.
+_MIXER_FORWARD = "7b78f68b2206f76c"
+_NORM_FORWARD = "2ed3aa30edfb36e2"
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NORM_BYTES = 65536  # A group of channels must fit into one block of the norm's kernel.
+
+Run = Callable[[Any, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+"""A mixer, its projected inputs (batch, seqlen, channels), the convolution's state (batch,
+conv_dim, width - 1) and the SSM state, or None for both; gives the gated and normed outputs
+(batch, seqlen, intermediate_size) and the SSM state after them."""
+
+# What the mixers run on while one of our chunks goes through.
+_running: ContextVar[Run | None] = ContextVar("compat_fused_running", default=None)
+
+
+@dataclass(frozen=True)
+class FusedPath:
+    """What the installed packages offer.
+
+    Attributes:
+        run: The kernels as one function; None where transformers' own path is taken.
+        reason: What it is made of, or why it is not used.
+    """
+
+    run: Run | None
+    reason: str
+
+
+class Mamba2(Family):
+    """Models of Mamba2 mixers, which are patched while a chunk goes through on a GPU."""
+
+    def forward(
+        self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
+    ) -> tuple[Tensor, Any]:
+        """Run one chunk; see `Family.forward`."""
+        on_kernels = _has_kernels(input_ids) and not torch.is_grad_enabled()
+        run = probe().run if on_kernels else None
+        if run is None:
+            return super().forward(backbone, input_ids, start, state)
+        with PATCHED[backbone.config.model_type]:
+            token = _running.set(run)
+            try:
+                return super().forward(backbone, input_ids, start, state)
+            finally:
+                _running.reset(token)
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    """Whether the kernels run where a tensor is; replaced by tests."""
+    return tensor.is_cuda
+
+
+@functools.cache
+def probe() -> FusedPath:
+    """Look at the installed causal-conv1d and mamba-ssm, which need not be there."""
+    try:
+        conv = _import("causal-conv1d", "causal_conv1d")
+        ssd = _import("mamba-ssm", "mamba_ssm.ops.triton.ssd_combined")
+        norms = _import("mamba-ssm", "mamba_ssm.ops.triton.layernorm_gated")
+        _require("causal-conv1d", conv, "causal_conv1d_fn", "initial_states", "activation")
+        if _lacks(ssd, "mamba_split_conv1d_scan_combined", "initial_conv_states") is None:
+            op = "mamba_split_conv1d_scan_combined"
+            reason = f"{op} of {_named('mamba-ssm')}, with {_named('causal-conv1d')}"
+            return FusedPath(functools.partial(_whole, getattr(ssd, op)), reason)
+        scan = ("initial_states", "return_final_states", "dt_bias", "dt_softplus", "dt_limit")
+        _require("mamba-ssm", ssd, "mamba_chunk_scan_combined", *scan)
+        _require("mamba-ssm", norms, "rmsnorm_fn", "z", "group_size", "norm_before_gate")
+    except ImportError as error:
+        return FusedPath(None, f"not used, as {error}")
+    run = functools.partial(
+        _composed, conv.causal_conv1d_fn, ssd.mamba_chunk_scan_combined, norms.rmsnorm_fn
+    )
+    return FusedPath(run, f"composed of {_named('causal-conv1d')} and {_named('mamba-ssm')}")
+
+
+def describe() -> str:
+    """The fused path in one line: what it is made of and serves, or why it is not used."""
+    path = probe()
+    if path.run is None:
+        return path.reason
+    known = [name for name in MIXERS if PATCHED[name].patched or plan(name)]
+    if not known:
+        return f"not used, as {_named('transformers')} has other Mamba2 mixers than 5.23"
+    return f"{path.reason}; for {', '.join(known)}"
+
+
+def _import(distribution: str, name: str) -> Any:
+    package = name.partition(".")[0]
+    try:
+        importlib.import_module(package)
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            raise ImportError(f"{distribution} is not installed") from error
+        raise ImportError(f"{_named(distribution)} cannot be imported: {error}") from error
+    except Exception as error:  # A package built for another torch fails in many ways.
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ImportError(f"{_named(distribution)} cannot be imported: {why}") from error
+
+
+def _require(distribution: str, module: Any, function: str, *parameters: str) -> None:
+    if lack := _lacks(module, function, *parameters):
+        raise ImportError(f"{_named(distribution)} {lack}")
+
+
+def _lacks(module: Any, function: str, *parameters: str) -> str | None:
+    found = getattr(module, function, None)
+    if found is None:
+        return f"has no {function}"
+    missing = [name for name in parameters if name not in inspect.signature(found).parameters]
+    return f"has a {function} that takes no {', '.join(missing)}" if missing else None
+
+
+def _named(distribution: str) -> str:
+    try:
+        return f"{distribution} {version(distribution)}"
+    except PackageNotFoundError:
+        return distribution
+
+
+def plan(model_type: str) -> list[Patch]:
+    """What to patch in transformers for one of `MIXERS`; nothing where its mixer is another."""
+    name = f"transformers.models.{model_type}.modeling_{model_type}"
+    try:
+        mixer = getattr(importlib.import_module(name), MIXERS[model_type], None)
+    except ModuleNotFoundError:
+        return []
+    if mixer is None or _fingerprint(mixer.forward) != _MIXER_FORWARD:
+        return []
+    return [(mixer, "forward", _with_fused_path(mixer.forward))]
+
+
+PATCHED = {model_type: Held(functools.partial(plan, model_type)) for model_type in MIXERS}
+
+
+@functools.cache
+def _fingerprint(function: Any) -> str | None:
+    """A hash of the text of a function and of all that it wraps; None where there is no text."""
+    text = ""
+    try:
+        while function is not None:
+            text += inspect.getsource(function.__code__)
+            function = getattr(function, "__wrapped__", None)
+    except (AttributeError, OSError):
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache  # One object for each forward, whatever watches it: torch.compile does.
+def _with_fused_path(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def mixer_forward(
+        self: Any,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        run = _running.get()
+        plain = cache_params is not None and attention_mask is None
+        if run is None or not plain or not _is_exact(self, hidden_states):
+            return forward(self, hidden_states, cache_params, attention_mask, **kwargs)
+        return _continue(run, self, hidden_states, cache_params)
+
+    return mixer_forward
+
+
+def _is_exact(mixer: Any, hidden_states: Tensor) -> bool:
+    """Whether the kernels do all that the mixer's own forward does with these inputs."""
+    norm = mixer.norm
+    return (
+        _has_kernels(hidden_states)
+        and hidden_states.dtype in _DTYPES
+        and not torch.is_autocast_enabled(hidden_states.device.type)
+        and hidden_states.shape[1] > 1
+        and mixer.activation in ("silu", "swish")
+        and 2 <= mixer.conv_kernel_size <= 4
+        # The convolution reads 8 channels at a time, and its first one lies behind the gate's.
+        and mixer.conv_dim % 8 == 0
+        and mixer.intermediate_size % 8 == 0
+        and norm.group_size * mixer.n_groups == mixer.intermediate_size
+        and norm.group_size * hidden_states.element_size() <= _NORM_BYTES
+        and _fingerprint(type(norm).forward) == _NORM_FORWARD
+        and _is_bare(norm)
+        and _is_bare(mixer.conv1d)
+        # Kernels of the hub, which somebody has asked for.
+        and not any("forward" in vars(f) for f in getattr(mixer, "_kernel_funcs", {}).values())
+    )
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether nothing hangs on the call of a module, of which the kernels only take the weights."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not hooks and "forward" not in vars(module)
+
+
+def _continue(run: Run, mixer: Any, hidden_states: Tensor, cache: Any) -> Any:
+    """A mixer's forward from its states in the cache, and the states after it into the cache."""
+    layer, width = mixer.layer_idx, mixer.conv_kernel_size
+    conv_state = cache.get_conv_state(layer)
+    if conv_state is not None:
+        # The cache keeps one column more than is needed; the kernel wants channels side by side.
+        conv_state = conv_state[..., 1 - width :].transpose(1, 2).contiguous().transpose(1, 2)
+    projected = mixer.in_proj(hidden_states)
+    output, ssm_state = run(mixer, projected, conv_state, cache.get_recurrent_state(layer))
+    _, last, _ = _split(mixer, projected[:, -width:])
+    cache.update_conv_state(last.transpose(1, 2), layer, conv_kernel_size=width)
+    cache.update_recurrent_state(ssm_state, layer)
+    return mixer.out_proj(output)
+
+
+def _split(mixer: Any, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gate, the convolution's inputs, and the time steps, as views."""
+    sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
+    gate, inputs, dt = projected.split(sizes, dim=-1)
+    return gate, inputs, dt
+
+
+def _whole(
+    op: Callable[..., Any],
+    mixer: Any,
+    projected: Tensor,
+    conv_state: Tensor | None,
+    ssm_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One call of mamba-ssm's op, where it takes a conv state; without out_proj, a module."""
+    output, final = op(
+        projected,
+        mixer.conv1d.weight.squeeze(1),
+        mixer.conv1d.bias,
+        mixer.dt_bias,
+        -torch.exp(mixer.A_log.float()),
+        mixer.D,
+        mixer.chunk_size,
+        initial_states=ssm_state,
+        initial_conv_states=conv_state,
+        dt_limit=mixer.time_step_limit,
+        return_final_states=True,
+        activation=mixer.activation,
+        rmsnorm_weight=mixer.norm.weight,
+        rmsnorm_eps=mixer.norm.variance_epsilon,
+        headdim=mixer.head_dim,
+        ngroups=mixer.n_groups,
+        norm_before_gate=False,
+    )
+    return output, final
+
+
+def _composed(
+    conv: Callable[..., Any],
+    scan: Callable[..., Any],
+    rmsnorm: Callable[..., Any],
+    mixer: Any,
+    projected: Tensor,
+    conv_state: Tensor | None,
+    ssm_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same of three kernels, which released packages have."""
+    gate, inputs, dt = _split(mixer, projected)
+    if inputs.stride(1) % 8:
+        inputs = inputs.contiguous()  # The kernel loads 8 channels at a time.
+    convolved = conv(
+        inputs.transpose(1, 2),
+        mixer.conv1d.weight.squeeze(1),
+        mixer.conv1d.bias,
+        initial_states=conv_state,
+        activation=mixer.activation,
+    ).transpose(1, 2)
+    grouped = mixer.n_groups * mixer.ssm_state_size
+    x, B, C = convolved.split([mixer.intermediate_size, grouped, grouped], dim=-1)
+    output, final = scan(
+        x.unflatten(-1, (mixer.num_heads, mixer.head_dim)),
+        dt,
+        -torch.exp(mixer.A_log.float()),
+        B.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)),
+        C.unflatten(-1, (mixer.n_groups, mixer.ssm_state_size)),
+        chunk_size=mixer.chunk_size,
+        D=mixer.D,
+        dt_bias=mixer.dt_bias,
+        initial_states=ssm_state,
+        dt_softplus=True,
+        dt_limit=mixer.time_step_limit,
+        return_final_states=True,
+    )
+    normed = rmsnorm(
+        output.flatten(2),
+        mixer.norm.weight,
+        None,
+        z=gate,
+        eps=mixer.norm.variance_epsilon,
+        group_size=mixer.norm.group_size,
+        norm_before_gate=False,
+    )
+    return normed, final
