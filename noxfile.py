@@ -1,5 +1,9 @@
 """Everything that is run in this repository, each by one short verb: `python3 -m nox -s VERB`."""
 
+import os
+import shutil
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["lint", "tests"]
@@ -11,6 +15,8 @@ nox.options.error_on_missing_interpreters = True
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 # Triton's kernels run on a CPU, in its interpreter.
 INTERPRET = {"TRITON_INTERPRET": "1"}
+# The patched sources of the libraries of kernels, in the order in which they need each other.
+TREES = {library: f"forks/{library}/tree" for library in ["causal-conv1d", "mamba-ssm"]}
 
 
 def install(session, *groups, extras=""):
@@ -49,7 +55,40 @@ def forks(session):
 def test_kernels(session):
     """The kernels of the forks, stock and patched, run and compiled without a GPU: 20 minutes."""
     install(session, "tests")
-    session.run("pytest", "tests/kernels", *session.posargs, env=OFFLINE | INTERPRET)
+    folders = ["tests/kernels", "tests/gpu"]
+    session.run("pytest", *folders, *session.posargs, env=OFFLINE | INTERPRET)
+    if session.posargs:
+        return
+    session.run("python", "-m", "ci.triton_aot", f"{TREES['mamba-ssm']}")
+    if shutil.which("nvcc"):
+        archs = ["--arch", "sm_80", "sm_90", "sm_100"]
+        for tree in TREES.values():
+            session.run("python", "-m", "ci.registers", tree, *archs)
+    else:
+        session.warn("CUDA sources were not compiled for a GPU: there is no nvcc on the PATH")
+
+
+@nox.session(name="test-gpu", default=False)
+def test_gpu(session):
+    """The patched kernels on a machine with a GPU: build, upstream's tests, the laws, times."""
+    install(session, "tests", extras="[embed]")
+    session.run("python", "-m", "ci.gpu")  # Stops here where there is no device.
+    session.run("python", "-m", "ci.forks", "sync")
+    build = {"CAUSAL_CONV1D_FORCE_BUILD": "TRUE", "MAMBA_FORCE_BUILD": "TRUE"}
+    scratch = Path(session.create_tmp())
+    for library, tree in TREES.items():
+        copy = scratch / library  # A build in the tree would leave its traces there.
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(tree, copy, ignore=shutil.ignore_patterns(".git"))
+        install_kernels = ["--no-build-isolation", "-c", "ci/constraints.txt", f"{copy}"]
+        session.install(*install_kernels, env=build)
+    for library in TREES:
+        # Upstream's own settings, not ours; and no model from a hub.
+        own = ["-c", os.devnull, "--rootdir", f"{scratch / library}"]
+        session.run("pytest", *own, f"{scratch / library}/tests", env=OFFLINE)
+    # The laws are about float32, which Triton would round to TF32 in matrix products.
+    session.run("pytest", "tests/gpu", env=OFFLINE | {"TRITON_F32_DEFAULT": "ieee"})
+    session.run("python", "-m", "ci.bench_gpu", *session.posargs, env=OFFLINE)
 
 
 @nox.session(name="test-fla", default=False)

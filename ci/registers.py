@@ -1,0 +1,221 @@
+"""Registers and spills of every CUDA kernel of a fork, before and after its patches.
+
+    python -m ci.registers forks/causal-conv1d/stock forks/causal-conv1d/tree --arch sm_80 sm_90
+
+compiles the .cu files of both trees and prints a Markdown table of what differs. The exit status is
+1 when fewer blocks of a kernel that both have fit on a multiprocessor or it spills more, and when
+nvcc fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+# What upstream's setup.py gives to nvcc, as far as it changes code.
+FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-U__CUDA_NO_HALF_OPERATORS__",
+    "-U__CUDA_NO_HALF_CONVERSIONS__",
+    "-U__CUDA_NO_BFLOAT16_OPERATORS__",
+    "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-U__CUDA_NO_BFLOAT162_OPERATORS__",
+    "-U__CUDA_NO_BFLOAT162_CONVERSIONS__",
+    "--expt-relaxed-constexpr",
+    "--expt-extended-lambda",
+    "--use_fast_math",
+]
+
+# A multiprocessor of sm_80 to sm_100 has so many registers. They are handed out to a warp in units
+# of 256, so to a thread in units of 8.
+REGISTERS = 65536
+UNIT = 8
+
+
+class Kernel(NamedTuple):
+    """An instantiation: `name`, its `types` (input, weight), and its other template arguments."""
+
+    file: str
+    name: str
+    types: str
+    arguments: tuple[str, ...]
+
+
+class Use(NamedTuple):
+    """Registers of a thread, and bytes that it spills (stores and loads)."""
+
+    registers: int
+    spills: int
+
+
+def parse(file: str, log: str) -> dict[Kernel, Use]:
+    """What `ptxas -v` said about each kernel of one .cu file."""
+    found = re.findall(
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        log,
+        re.DOTALL,
+    )
+    mangled = "\n".join(name for name, *_ in found)
+    names = subprocess.run(
+        ["c++filt"], input=mangled, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    result = {}
+    for name, (_, stores, loads, registers) in zip(names, found, strict=True):
+        match = re.match(r"(?:void )?(\w+)(?:<(.*)>)?\(", name)
+        if not match:
+            raise ValueError(f"found no kernel's name in {name!r}, which c++filt gave")
+        words = [w for w in re.split(r"[<>, ]+", (match[2] or "").replace("c10::", "")) if w]
+        types = [w for w in words if w in ("float", "Half", "BFloat16")]
+        others = tuple(w for w in words if re.fullmatch(r"\d+|true|false", w))
+        kernel = Kernel(file, match[1], "/".join(types), others)
+        if kernel in result:
+            raise ValueError(f"found {kernel} twice in {file}; tell them apart in `parse`")
+        result[kernel] = Use(int(registers), int(stores) + int(loads))
+    return result
+
+
+def compile_tree(tree: Path, archs: list[str], include: list[Path]) -> dict[str, dict[Kernel, Use]]:
+    """The kernels of all .cu files below `tree`/csrc, for each architecture.
+
+    Raises:
+        RuntimeError: nvcc's message.
+    """
+    import torch
+
+    sources = sorted((tree / "csrc").rglob("*.cu"))
+    if not sources:
+        raise RuntimeError(f"found no .cu file below {tree / 'csrc'}; need a source tree")
+    headers = Path(torch.__file__).parent / "include"
+    with tempfile.TemporaryDirectory() as scratch:
+        # The CPU build of torch leaves out a header that holds no declaration.
+        stub = Path(scratch) / "c10/cuda/impl/cuda_cmake_macros.h"
+        stub.parent.mkdir(parents=True)
+        stub.touch()
+        folders = [
+            *include,
+            Path(scratch),
+            headers,
+            headers / "torch/csrc/api/include",
+            Path(sysconfig.get_path("include")),
+        ]
+
+        def compile_one(job: tuple[Path, str]) -> dict[Kernel, Use]:
+            source, arch = job
+            command = ["nvcc", *FLAGS, f"-arch={arch}", "-cubin", "-Xptxas", "-v"]
+            command += [f"-I{folder}" for folder in folders]
+            command += ["-o", str(Path(scratch) / f"{source.stem}-{arch}.cubin"), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            return parse(source.name, done.stderr)
+
+        jobs = [(source, arch) for source in sources for arch in archs]
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(compile_one, jobs))
+    uses: dict[str, dict[Kernel, Use]] = {arch: {} for arch in archs}
+    for (_, arch), kernels in zip(jobs, results, strict=True):
+        uses[arch] |= kernels
+    return uses
+
+
+def predecessor(kernel: Kernel, before: dict[Kernel, Use]) -> Kernel | None:
+    """The kernel of `before` that `kernel` stands for.
+
+    A patch may add template arguments at the end; false is what was there before it.
+    """
+    arguments = kernel.arguments
+    while True:
+        candidate = kernel._replace(arguments=arguments)
+        if candidate in before:
+            return candidate
+        if not arguments or arguments[-1] != "false":
+            return None
+        arguments = arguments[:-1]
+
+
+def blocks(kernel: Kernel, use: Use) -> int:
+    """How many blocks fit on a multiprocessor, by registers alone.
+
+    The first template argument is the number of threads in a block.
+    """
+    threads = int(kernel.arguments[0]) if kernel.arguments else 1024
+    return REGISTERS // (-(-use.registers // UNIT) * UNIT * threads)
+
+
+def is_worse(kernel: Kernel, before: Use, after: Use) -> bool:
+    """Whether fewer blocks fit, or more is spilled."""
+    return blocks(kernel, after) < blocks(kernel, before) or after.spills > before.spills
+
+
+def _text(use: Use) -> str:
+    return f"{use.registers}" + (f" + {use.spills} B spilled" if use.spills else "")
+
+
+def table(arch: str, before: dict[Kernel, Use], after: dict[Kernel, Use]) -> tuple[str, int]:
+    """A Markdown table of what changed on `arch`, and how many kernels are worse."""
+    pairs = {kernel: predecessor(kernel, before) for kernel in after}
+    kept = [(old, kernel) for kernel, old in pairs.items() if old]
+    equal = sum(before[old] == after[new] for old, new in kept)
+    worse = [(old, new) for old, new in kept if is_worse(old, before[old], after[new])]
+    rows: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
+    for kernel, old in pairs.items():
+        was = _text(before[old]) if old else "new"
+        if old and before[old] == after[kernel]:
+            continue
+        mark = " **worse**" if (old, kernel) in worse else ""
+        key = (kernel.name, ", ".join(kernel.arguments), was, _text(after[kernel]) + mark)
+        rows[key].append(kernel.types)
+    gone = len(set(before) - {old for old, _ in kept})
+    lines = [
+        f"### {arch}",
+        "",
+        f"{len(kept)} kernels are in both trees, {equal} of them unchanged and {len(worse)} worse; "
+        f"{len(after) - len(kept)} are new, {gone} are gone.",
+        "",
+        "| kernel | template arguments | input/weight | before | after |",
+        "|---|---|---|---|---|",
+    ]
+    for (name, arguments, was, now), types in sorted(rows.items()):
+        lines.append(f"| {name} | {arguments} | {', '.join(sorted(types))} | {was} | {now} |")
+    return "\n".join(lines), len(worse)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "trees", nargs="+", type=Path, help="before and after; one: only compile it"
+    )
+    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"])
+    parser.add_argument("--include", nargs="*", type=Path, default=[], help="more header folders")
+    options = parser.parse_args()
+    if len(options.trees) > 2:
+        parser.error(f"found {len(options.trees)} trees; need one or two")
+    try:
+        uses = [compile_tree(tree, options.arch, options.include) for tree in options.trees]
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    worse = 0
+    for arch in options.arch:
+        if len(uses) == 1:
+            print(f"{arch}: {len(uses[0][arch])} kernels compiled")
+            continue
+        text, count = table(arch, uses[0][arch], uses[1][arch])
+        print(text, end="\n\n")
+        worse += count
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The patched kernels as a user has them: installed, on a GPU.
+
+Without a GPU this folder is a rehearsal: every line runs, on a CPU, with mamba-ssm's kernels under
+Triton's interpreter and causal-conv1d's on the CUDA emulation.
+"""
+
+import functools
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from ci import emulation, forks, interpreter
+from compat import _fused
+
+HAS_GPU = torch.cuda.is_available()
+SSD = ("ssd_combined", "layernorm_gated")
+
+
+@functools.cache
+def rehearsed():
+    """The packages causal_conv1d and mamba_ssm of the patched trees, on a CPU."""
+    try:
+        emulated = emulation.causal_conv1d(forks.patched("causal-conv1d"))
+    except emulation.Unavailable as reason:
+        pytest.skip(str(reason))
+    conv = ModuleType("causal_conv1d")
+    vars(conv).update(vars(emulated), **emulated.modules)
+    return conv, interpreter.mamba_ssm(forks.patched("mamba-ssm"), conv=conv)
+
+
+def on_gpu(function):
+    """The function with its tensors moved to the GPU, and its results back, also in backward."""
+
+    def move(value):
+        return value.cuda() if isinstance(value, torch.Tensor) else value
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        found = function(*map(move, args), **{name: move(v) for name, v in kwargs.items()})
+        return tuple(t.cpu() for t in found) if isinstance(found, tuple) else found.cpu()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def device():
+    if not HAS_GPU and (reason := interpreter.unavailable()):
+        pytest.skip(reason)
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(scope="session")
+def ops(device):
+    """The functions of both packages, for tensors on the CPU."""
+    if not HAS_GPU:
+        conv, ssm = rehearsed()
+        names = ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")
+        scans = {name: getattr(ssm.ssd_combined, name) for name in names}
+        return SimpleNamespace(causal_conv1d_fn=conv.causal_conv1d_fn, **scans)
+    conv = importlib.import_module("causal_conv1d")
+    ssd = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    return SimpleNamespace(
+        causal_conv1d_fn=on_gpu(conv.causal_conv1d_fn),
+        mamba_chunk_scan_combined=on_gpu(ssd.mamba_chunk_scan_combined),
+        mamba_split_conv1d_scan_combined=on_gpu(ssd.mamba_split_conv1d_scan_combined),
+    )
+
+
+@pytest.fixture
+def fused_calls(device, monkeypatch):
+    """Calls of the fused path, which must be that of the patched kernels."""
+    if not HAS_GPU:
+        # At its import a model takes the packages that are there; its own path is to be in torch.
+        importlib.import_module("transformers.models.mamba2.modeling_mamba2")
+        conv, ssm = rehearsed()
+        monkeypatch.setitem(sys.modules, "causal_conv1d", conv)
+        monkeypatch.setitem(sys.modules, "mamba_ssm", ModuleType("mamba_ssm"))
+        for name in SSD:
+            monkeypatch.setitem(sys.modules, f"mamba_ssm.ops.triton.{name}", getattr(ssm, name))
+        monkeypatch.setattr(_fused, "_has_kernels", lambda tensor: True)
+    path = _fused.probe.__wrapped__()
+    assert path.reason.startswith("mamba_split_conv1d_scan_combined"), path.reason
+    made = []
+
+    def run(*args):
+        made.append(args)
+        return path.run(*args)
+
+    monkeypatch.setattr(_fused, "probe", lambda: _fused.FusedPath(run, path.reason))
+    return made

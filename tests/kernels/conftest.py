@@ -1,0 +1,33 @@
+"""Emulated kernels for the tests of this folder: built once, skipped where they cannot be."""
+
+import functools
+
+import pytest
+
+from ci import emulation, forks
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        quick = getattr(getattr(item, "module", None), "QUICK", None)
+        if quick and not quick.search(item.name):
+            item.add_marker(pytest.mark.slow)
+
+
+@functools.cache
+def _causal_conv1d(source):
+    tree = forks.stock("causal-conv1d") if source == "stock" else forks.patched("causal-conv1d")
+    return emulation.causal_conv1d(tree)
+
+
+@pytest.fixture(scope="session")
+def emulated_conv():
+    """Maps "stock" or "patched" to the package causal_conv1d on emulated kernels."""
+
+    def load(source):
+        try:
+            return _causal_conv1d(source)
+        except emulation.Unavailable as reason:
+            pytest.skip(str(reason))
+
+    return load

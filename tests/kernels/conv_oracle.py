@@ -1,0 +1,68 @@
+"""The causal convolution of a row that holds one or more sequences, in float64, token by token.
+
+Written from the state contract alone, without a look at causal-conv1d: one loop over the tokens of
+each row, which carries the last width-1 inputs of the current sequence. Plain differentiable
+torch, so that autograd gives every gradient.
+"""
+
+import torch
+
+# What a kernel may differ from the float64 oracle, as (rtol, atol), by the dtype of its input.
+# Results are of order 1 to 10. The kernels read and write the input's dtype and compute in
+# float32, so a result carries one rounding to its dtype: half a unit of 2^-23, 2^-10 and 2^-7,
+# and the sigmoid some more of float32. A float32 kernel that is compiled for a GPU has, besides,
+# the fast exponential, which is not met here.
+RESULT = {
+    torch.float32: (1e-5, 1e-5),
+    torch.float16: (1e-3, 1e-3),
+    torch.bfloat16: (8e-3, 8e-3),
+}
+
+# Gradients of weight and bias are sums over all tokens in float32, added up in another order than
+# the oracle's: the bound grows with what is summed, some hundred terms of order 1. With an output
+# in 16 bits nothing else is rounded: the gradient is given, not computed from the output.
+SUMMED = (1e-4, 1e-4)
+
+
+def causal_conv1d(x, weight, bias=None, *, seq_idx=None, initial_states=None, silu=False):
+    """Outputs and final states of rows of packed sequences.
+
+    Args:
+        x: (batch, dim, seqlen).
+        weight: (dim, width).
+        bias: (dim,) or None.
+        seq_idx: (batch, seqlen) of ints, negative at padding; None: one sequence, no padding.
+        initial_states: (batch, dim, width-1), of the row's first token that is not padding;
+            None: zeros.
+        silu: whether the output goes through x * sigmoid(x).
+
+    Returns:
+        out (batch, dim, seqlen) and final states (batch, dim, width-1), both float64. The output at
+        padding is 0; a row without tokens hands its initial state on.
+    """
+    x, weight = x.double(), weight.double()
+    batch, dim, seqlen = x.shape
+    width = weight.shape[1]
+    zeros = x.new_zeros(dim, width - 1)
+    outs, finals = [], []
+    for row in range(batch):
+        ids = [0] * seqlen if seq_idx is None else seq_idx[row].tolist()
+        state = zeros if initial_states is None else initial_states[row].double()
+        current = None  # the sequence that the state belongs to: at first, that of the first token
+        columns = []
+        for token in range(seqlen):
+            if ids[token] < 0:
+                columns.append(x.new_zeros(dim))
+                continue
+            if current is not None and ids[token] != current:
+                state = zeros
+            current = ids[token]
+            window = torch.cat([state, x[row, :, token : token + 1]], dim=1)
+            out = (window * weight).sum(1)
+            if bias is not None:
+                out = out + bias.double()
+            columns.append(out * torch.sigmoid(out) if silu else out)
+            state = window[:, 1:]
+        outs.append(torch.stack(columns, dim=1) if columns else x.new_zeros(dim, 0))
+        finals.append(state)
+    return torch.stack(outs), torch.stack(finals)

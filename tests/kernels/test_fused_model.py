@@ -1,0 +1,151 @@
+"""Models on the fused path, with the kernels themselves: mamba-ssm's under Triton's interpreter,
+causal-conv1d's CUDA sources on the emulation. When the path is taken: tests/test_fused.py.
+"""
+
+import functools
+import importlib
+import sys
+from types import ModuleType
+
+import oracle
+import pytest
+import torch
+from families import tiny_model
+from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK
+
+import compat
+from ci import interpreter
+from compat import _fused
+from compat._families import FAMILIES
+
+if reason := interpreter.unavailable():
+    pytest.skip(reason, allow_module_level=True)
+
+from ci import forks
+
+for model_type in _fused.MIXERS:
+    # At its import a model takes the packages that are there; its own path is to be in torch.
+    importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+
+MODULES = ("ssd_combined", "layernorm_gated")
+# Half of the heads and states of the other tests: the interpreter runs about a scan a second.
+SMALL = {"num_heads": 2, "head_dim": 8, "hidden_size": 8, "state_size": 8, "n_groups": 1}
+
+
+@pytest.fixture(scope="module")
+def packages(emulated_conv):
+    """Maps "stock" or "patched" to the package causal_conv1d and the ops of mamba-ssm with it."""
+
+    @functools.cache
+    def load(source):
+        emulated = emulated_conv(source)
+        conv = ModuleType("causal_conv1d")
+        vars(conv).update(vars(emulated), **emulated.modules)
+        tree = forks.stock("mamba-ssm") if source == "stock" else forks.patched("mamba-ssm")
+        return conv, interpreter.mamba_ssm(tree, conv=conv)
+
+    return load
+
+
+@pytest.fixture(params=["composed", "whole"])
+def calls(request, packages, monkeypatch):
+    """Puts released or patched packages in place; the calls of the fused path."""
+    conv, ops = packages("stock" if request.param == "composed" else "patched")
+    monkeypatch.setitem(sys.modules, "causal_conv1d", conv)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", ModuleType("mamba_ssm"))
+    for name in MODULES:
+        monkeypatch.setitem(sys.modules, f"mamba_ssm.ops.triton.{name}", getattr(ops, name))
+    path = _fused.probe.__wrapped__()
+    assert path.reason.startswith("composed") == (request.param == "composed")
+    made = []
+
+    def run(*args):
+        made.append(args)
+        return path.run(*args)
+
+    monkeypatch.setattr(_fused, "probe", lambda: _fused.FusedPath(run, path.reason))
+    monkeypatch.setattr(_fused, "_has_kernels", lambda tensor: True)
+    yield made
+    ops.check_guards()
+
+
+def tokens(rows, length):
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def in_chunks(model, ids, size):
+    chunks = compat.iter_chunks(model, input_ids=ids, vertical_chunk_size=size)
+    return torch.cat([hidden for _, hidden in chunks], 1)
+
+
+def error(found, wanted):
+    return (found.double() - wanted.double()).abs().max().item()
+
+
+def own_path(function):
+    """What transformers' own path gives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fused, "_has_kernels", lambda tensor: False)
+        return function()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [4, pytest.param(2, marks=pytest.mark.slow)])
+def test_mamba2_is_the_float64_recurrence(calls, dtype, width):
+    """Also with a clamped step, biases, and a last chunk that is shorter."""
+    model = tiny_model(
+        "mamba2", dtype, time_step_limit=(0.01, 0.4), use_bias=True, conv_kernel=width, **SMALL
+    )
+    ids = tokens(1, 23)
+    exact, _ = oracle.mamba2(model, ids[0].tolist())
+    own = error(own_path(lambda: in_chunks(model, ids, 10))[0], exact)
+    assert not calls
+    found = in_chunks(model, ids, 10)
+    assert len(calls) == 6
+    assert error(found[0], exact) <= HIDDEN[dtype]
+    assert error(found[0], exact) <= NO_WORSE_FACTOR * own + NO_WORSE_SLACK[dtype]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [[12, 2], pytest.param([2, 2, 3], marks=pytest.mark.slow)])
+def test_the_states_in_the_cache_are_those_of_transformers(calls, sizes):
+    model, ids = tiny_model("mamba2", **SMALL), tokens(2, sum(sizes))
+    _, exact = oracle.mamba2(model, ids[0].tolist())
+
+    def final():
+        state, start = None, 0
+        for size in sizes:
+            part = ids[:, start : start + size]
+            _, state = FAMILIES["mamba2"].forward(model, part, start, state)
+            start += size
+        return state
+
+    own = own_path(final)
+    found = final()
+    assert len(calls) == 2 * len(sizes)
+    for layer, wanted, once in zip(found.layers, own.layers, exact, strict=True):
+        ssm, conv = layer.recurrent_states[0], layer.conv_states[0]
+        assert ssm.dtype == torch.float32
+        assert error(ssm, wanted.recurrent_states[0]) <= HIDDEN[torch.float32]
+        assert error(conv, wanted.conv_states[0]) <= HIDDEN[torch.float32]
+        assert error(ssm[0], once.ssm) <= HIDDEN[torch.float32]
+        assert error(conv[0, :, 1:], once.conv) <= HIDDEN[torch.float32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(_fused.MIXERS))
+def test_every_family_gives_what_transformers_gives(calls, model_type):
+    """With 4 heads, 2 groups, and several inner chunks; rows end in different chunks."""
+    model, ids = tiny_model(model_type), tokens(2, 31)
+    mask = torch.ones_like(ids)
+    mask[1, 14:] = 0
+
+    def hidden():
+        chunks = compat.iter_chunks(
+            model, input_ids=ids, attention_mask=mask, vertical_chunk_size=12
+        )
+        return torch.cat([hidden for _, hidden in chunks], 1)
+
+    own = own_path(hidden)
+    assert error(hidden(), own) <= CHUNKED[torch.float32]
+    assert calls
