@@ -91,7 +91,8 @@ for seqlen in (1, 2, 3):
         x = torch.randn(2, seqlen, dim).transpose(1, 2).requires_grad_()
         state = torch.randn(2, 3, dim).transpose(1, 2).requires_grad_()
         weight = torch.randn(dim, 4)
-        for ids in (None, torch.zeros(2, seqlen, dtype=torch.int32)) if sys.argv[3] else (None,):
+        rows = torch.tensor([[0] * seqlen, [-1] * seqlen], dtype=torch.int32)
+        for ids in (None, rows) if sys.argv[3] else (None,):
             out, final = conv.causal_conv1d_fn(
                 x, weight, seq_idx=ids, initial_states=state, return_final_states=True)
             gradients = torch.randn_like(out), torch.randn_like(final)

@@ -12,6 +12,8 @@ from conv_oracle import RESULT, SUMMED, causal_conv1d
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ci import emulation, forks
+
 # The other examples of each law are slow.
 QUICK = re.compile(r"quick")
 EXAMPLES = [pytest.param(25, id="quick"), pytest.param(200, id="thorough", marks=pytest.mark.slow)]
@@ -373,8 +375,6 @@ def test_unpadded_chunks_are_invisible_without_seq_idx(kernel, source, count):
 @pytest.mark.parametrize("order", ["reverse", "random"])
 def test_threads_may_run_in_any_order(kernel, order):
     """Every barrier that a kernel needs is there: the same result whichever thread runs first."""
-    from ci import emulation
-
     conv = Conv(4, 40, torch.float32, silu=True, has_bias=True, deterministic=True)
     sequences = [conv.random(conv.dim, n) for n in (70, 1, 66)]
     x, seq_idx = pack(conv, [(63, sequences, 5), (0, [], 3), (130, sequences[:1], 0)])
@@ -388,3 +388,114 @@ def test_threads_may_run_in_any_order(kernel, order):
     expected = run()
     with emulation.order(order):
         assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+
+
+# Faults in what the patches add to the kernels, each of which the recurrence must tell: the file,
+# what is there, and what stands there instead, where M is 1 when the fault is on and else 0.
+FAULTS = [
+    ("fwd", "l >= first_token - (kWidth - 1)", "l >= first_token - (kWidth - 1 - M)"),
+    ("fwd", "last_token / kChunkSizeL", "(last_token + M) / kChunkSizeL"),
+    ("fwd", "last_token + 1 + l_idx - chunk", "last_token + 1 - M + l_idx - chunk"),
+    (
+        "fwd",
+        "l_pos < first_token ? first_token : l_pos",
+        "l_pos < first_token && !M ? first_token : l_pos",
+    ),
+    ("fwd", "first_token <= last_token && seq", "!M && first_token <= last_token && seq"),
+    ("fwd", "kLPerThread + i < first_token", "kLPerThread + i < first_token - M"),
+    ("bwd", "l >= first_token - (kWidth - 1)", "l >= first_token - (kWidth - 1 - M)"),
+    ("bwd", "l <= last_token &&", "l <= last_token - M &&"),
+    ("bwd", "&& seq_idx_l == last_seq_idx", "&& (M || seq_idx_l == last_seq_idx)"),
+    (
+        "bwd",
+        "l - last_token + kWidth - 2",
+        "(l == last_token ? l - last_token + kWidth - 2 - M : l - last_token + kWidth - 2)",
+    ),
+    ("bwd", "dx_vals_store[i] = 0.f", "dx_vals_store[i] = M ? float(dx_vals_store[i]) : 0.f"),
+    ("bwd", "l_idx >= first_token", "l_idx >= first_token + M"),
+    ("bwd", "return seq_idx[l] < 0;", "return seq_idx[l] < 0 - M;"),
+    ("token_range", "if (seq_idx[l] >= 0)", "if (seq_idx[l] >= M)"),
+    ("token_range", "params.seqlen - 1 : last", "params.seqlen - 1 - M : last"),
+    ("token_range", "< first_smem[tid] ?", "< first_smem[tid] - M * 1000 ?"),
+]
+
+
+@pytest.fixture(scope="module")
+def faulty():
+    """The patched package, in float32, with all faults in it and none of them on."""
+    tree = forks.patched("causal-conv1d")
+    texts = {}
+    for number, (name, old, new) in enumerate(FAULTS, 1):
+        file = f"causal_conv1d_{name}.cu"
+        if file not in texts:
+            texts[file] = (tree / "csrc" / file).read_text()
+        assert (tree / "csrc" / file).read_text().count(old) == 1, old
+        texts[file] = texts[file].replace(
+            old, re.sub(r"\bM\b", f"emulation::mutant({number})", new)
+        )
+    types = [("float", "float")]
+    try:
+        return emulation.causal_conv1d(tree, types=types, replace=texts)
+    except emulation.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def differs_from_recurrence(package):
+    """Whether rows of all kinds, forward and backward, are not as in the recurrence."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        (0, [70]),
+        (1, [1]),
+        (62, [2, 66]),
+        (64, [3]),
+        (129, [1]),
+        (0, []),
+        (3, [61, 1]),
+        (0, [5, 2]),
+        (126, [2]),
+    ]
+    for width, length in ((4, 132), (4, 128), (2, 5), (4, 2)):
+        conv = Conv(width, 40, torch.float32, silu=True, has_bias=True, deterministic=False)
+        chosen = [
+            (
+                left,
+                [torch.randn(40, n, generator=generator) for n in lengths],
+                length - left - sum(lengths),
+            )
+            for left, lengths in rows
+            if left + sum(lengths) <= length
+        ]
+        x, seq_idx = pack(conv, chosen)
+        padding = (seq_idx == PADDING).unsqueeze(1)
+        initial = torch.randn(len(chosen), width - 1, 40, generator=generator).transpose(1, 2)
+        dout = torch.randn(x.shape, generator=generator)
+        dfinal = torch.randn(initial.shape, generator=generator)
+        expected_out, expected_final, expected = oracle(
+            conv, x.masked_fill(padding, 0), seq_idx, initial
+        )
+        try:
+            out, final, backward = call(
+                package.causal_conv1d_fn,
+                conv,
+                x.transpose(1, 2).contiguous().transpose(1, 2),
+                seq_idx,
+                initial,
+                return_final_states=True,
+                activation="silu",
+            )
+            got = out, final, backward(dout.masked_fill(padding, float("nan")), dfinal)
+            assert_close(conv, got, (expected_out, expected_final, expected(dout, dfinal)))
+        except (AssertionError, RuntimeError):
+            return True
+    return False
+
+
+@pytest.mark.slow
+def test_the_recurrence_tells_faults_in_the_new_code(faulty):
+    assert not differs_from_recurrence(faulty)
+    missed = []
+    for number, fault in enumerate(FAULTS, 1):
+        with emulation.mutant(number):
+            if not differs_from_recurrence(faulty):
+                missed.append(fault)
+    assert not missed

@@ -97,7 +97,8 @@ def results(scan, arguments, *, softplus=True, through_state=True):
     """Output, last state and all gradients, of a loss that reads the last state or does not."""
     out, last = scan(**arguments, delta_softplus=softplus)
     generator = torch.Generator().manual_seed(1)
-    loss = (out * torch.randn(out.shape, generator=generator)).sum()
+    # Rounded, so that the gradient of the output is the same in all dtypes.
+    loss = (out * torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype)).sum()
     if through_state:
         weight = torch.randn(last.shape, generator=generator)
         loss = loss + (last * weight).sum().real
@@ -323,6 +324,21 @@ def test_the_gradient_of_the_last_state(source):
     check(full(source), inputs(100, states=False))
 
 
+OUT_OF_BOUNDS = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="dB and dC of a complex A are written at twice a group's offset, beyond their end",
+)
+
+
+@SLOW
+@pytest.mark.parametrize("source", [pytest.param("stock", marks=OUT_OF_BOUNDS), "patched"])
+def test_groups_of_complex_weights(source):
+    """So small that what is written out of bounds stays in a guard zone, and breaks nothing."""
+    arguments = inputs(60, weight=torch.complex64, states=False, batch=1, dim=2, dstate=1)
+    check(full(source), arguments, through_state=False)
+
+
 MISALIGNED = pytest.mark.xfail(
     strict=True,
     raises=RuntimeError,
@@ -340,7 +356,7 @@ def test_views_of_a_longer_row(name, source):
 
     def scan(**arguments):
         out, last = kernel(full(source))(**arguments)
-        longer = torch.cat([out[..., :0], out, out[..., :3]], -1) if name == "out" else out
+        longer = torch.cat([out, out.detach()[..., :3]], -1) if name == "out" else out
         return longer[..., :128], last
 
     if name != "out":
