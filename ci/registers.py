@@ -3,14 +3,16 @@
     python -m ci.registers forks/causal-conv1d/stock forks/causal-conv1d/tree --arch sm_80 sm_90
 
 compiles the .cu files of both trees and prints a Markdown table of what differs. The exit status is
-1 when fewer blocks of a kernel that both have fit on a multiprocessor or it spills more, and when
-nvcc fails. With one tree it only compiles that, without optimization: minutes instead of an hour.
+1 when fewer blocks of a kernel that both have fit on a multiprocessor, or as many although more is
+spilled, and when nvcc fails. With one tree it only compiles that, without optimization: minutes
+instead of an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -84,23 +86,37 @@ def parse(file: str, log: str) -> dict[Kernel, Use]:
     return result
 
 
+def leave_floats(source: Path) -> bool:
+    """Take other types than float out of a file; False if it has instantiations and keeps none."""
+    text, before = source.read_text(), r"^template void \w+<.*;$"
+    left = re.sub(
+        r"^template void \w+<(?!float, (?:float|complex_t)>|float>).*;$", "", text, flags=re.M
+    )
+    source.write_text(left)
+    return bool(re.search(before, left, re.M)) or not re.search(before, text, re.M)
+
+
 def compile_tree(
-    tree: Path, archs: list[str], include: list[Path], *, optimize: bool
+    tree: Path, archs: list[str], include: list[Path], *, only_floats: bool = False
 ) -> dict[str, dict[Kernel, Use]]:
     """The kernels of all .cu files below `tree`/csrc, for each architecture.
 
-    Without optimization there is nothing to learn from the kernels' registers: no kernel is named.
+    With `only_floats`, those of them whose types are all float.
 
     Raises:
         RuntimeError: nvcc's message.
     """
     import torch
 
-    sources = sorted((tree / "csrc").rglob("*.cu"))
-    if not sources:
-        raise RuntimeError(f"found no .cu file below {tree / 'csrc'}; need a source tree")
     headers = Path(torch.__file__).parent / "include"
     with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "csrc")
+        shutil.copytree(tree / "csrc", folder)
+        sources = sorted(folder.rglob("*.cu"))
+        if only_floats:
+            sources = [source for source in sources if leave_floats(source)]
+        if not sources:
+            raise RuntimeError(f"found no .cu file below {tree / 'csrc'}; need a source tree")
         # The CPU build of torch leaves out a header that holds no declaration.
         stub = Path(scratch) / "c10/cuda/impl/cuda_cmake_macros.h"
         stub.parent.mkdir(parents=True)
@@ -115,14 +131,13 @@ def compile_tree(
 
         def compile_one(job: tuple[Path, str]) -> dict[Kernel, Use]:
             source, arch = job
-            command = ["nvcc", *FLAGS, f"-arch={arch}", "-cubin", "-Xptxas"]
-            command += ["-v"] if optimize else ["-O0", "-Xcicc", "-O0"]
+            command = ["nvcc", *FLAGS, f"-arch={arch}", "-cubin", "-Xptxas", "-v"]
             command += [f"-I{folder}" for folder in folders]
             command += ["-o", str(Path(scratch) / f"{source.stem}-{arch}.cubin"), str(source)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-            return parse(source.name, done.stderr) if optimize else {}
+            return parse(source.name, done.stderr)
 
         jobs = [(source, arch) for source in sources for arch in archs]
         with ThreadPoolExecutor(2) as pool:
@@ -158,8 +173,9 @@ def blocks(kernel: Kernel, use: Use) -> int:
 
 
 def is_worse(kernel: Kernel, before: Use, after: Use) -> bool:
-    """Whether fewer blocks fit, or more is spilled."""
-    return blocks(kernel, after) < blocks(kernel, before) or after.spills > before.spills
+    """Whether fewer blocks fit, or as many although more is spilled."""
+    fit, fitted = blocks(kernel, after), blocks(kernel, before)
+    return fit < fitted or (fit == fitted and after.spills > before.spills)
 
 
 def _text(use: Use) -> str:
@@ -208,14 +224,15 @@ def main() -> int:
         parser.error(f"found {len(options.trees)} trees; need one or two")
     try:
         uses = [
-            compile_tree(tree, options.arch, options.include, optimize=len(options.trees) == 2)
+            compile_tree(tree, options.arch, options.include, only_floats=len(options.trees) == 1)
             for tree in options.trees
         ]
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
     if len(uses) == 1:
-        print(f"{options.trees[0]}/csrc compiles for {', '.join(options.arch)}")
+        for arch in options.arch:
+            print(f"{options.trees[0]}: {len(uses[0][arch])} kernels compile for {arch}")
         return 0
     worse = 0
     for arch in options.arch:

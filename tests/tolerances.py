@@ -1,7 +1,7 @@
 """The one table of tolerances: every comparison of numbers in the tests takes its bound from here.
 
-All on the CPU, whose matrix products and sums are done in another order when a text is split;
-nothing else may differ.
+Models run on the CPU, whose matrix products and sums are done in another order when a text is
+split; nothing else may differ. Kernels, below, run on it in an interpreter or an emulation.
 """
 
 import torch
@@ -25,3 +25,37 @@ COSINE = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
 # and by this absolute amount where both are near the last bit.
 NO_WORSE_FACTOR = 2.0
 NO_WORSE_SLACK = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+# Kernels against the float64 recurrences of tests/kernels.
+
+# The convolution: relative and absolute. Results are of order 1 to 10. The kernels read and write
+# the input's dtype and compute in float32, so a result carries one rounding to its dtype: half a
+# unit of 2^-23, 2^-10 and 2^-7, and the sigmoid some more of float32. A kernel that is compiled for
+# a GPU has, besides, the fast exponential, which is not met here.
+KERNEL_CONV = {
+    torch.float32: (1e-5, 1e-5),
+    torch.float16: (1e-3, 1e-3),
+    torch.bfloat16: (8e-3, 8e-3),
+}
+
+# Its gradients of weight and bias are sums over all tokens in float32, added up in another order
+# than the recurrence's: some hundred terms of order 1. With an output in 16 bits nothing else is
+# rounded: the output's gradient is given, not computed from the output.
+KERNEL_CONV_SUMMED = (1e-4, 1e-4)
+
+# Mamba-2's scan and fused op: largest absolute error as a part of the largest expected value (of 1,
+# where that is smaller), of outputs, states and gradients. The gradient of a parameter or of a
+# state is a sum over tokens in which terms cancel: it is taken as a part of the largest term.
+# float32: 24 bits, less about 5 for sums over tokens, heads and state, and for exp of sums of dt A.
+# 16 bits: inputs of every matrix product are rounded, and so is what the fused op hands from one
+# kernel to the next; float16 has more bits, and is held to the bound of bfloat16.
+KERNEL_SSD = {torch.float32: 2e-5, torch.float16: 3e-2, torch.bfloat16: 3e-2}
+
+# In pieces against whole: "no worse than full" above, with this for the slack.
+KERNEL_SSD_SLACK = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
+
+# Mamba-1's scan: the largest error as a share of the largest value of an output or gradient.
+# float32: sums of up to some thousand terms. In 16 bits inputs are taken as they are and sums are
+# done in float32; outputs and most gradients are rounded once, and z's gradient is made of a
+# rounded output.
+KERNEL_SELECTIVE_SCAN = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}

@@ -5,8 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import test_ssd_laws as ssd
-import torch
-from ssd_oracle import KERNEL
 
 # Found by pytest as if they stood here; `kernel` calls the fixture below.
 from test_conv_laws import (
@@ -14,8 +12,7 @@ from test_conv_laws import (
     test_any_rows_are_as_in_the_recurrence,  # noqa: F401
     test_chunking_is_invisible,  # noqa: F401
 )
-
-BOUND = KERNEL | {torch.float16: KERNEL[torch.bfloat16]}
+from tolerances import KERNEL_SSD
 
 
 @pytest.fixture
@@ -25,11 +22,11 @@ def emulated_conv(ops):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_SSD, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["scan", "fused"])
 def test_mixed_rows_are_as_in_the_recurrence(ops, fused, dtype):
     """Packed, padded, in pieces; forward and backward."""
     case = replace(ssd.mixed(fused), dtype=dtype)
     installed = SimpleNamespace(ssd_combined=ops, check_guards=lambda: None)
     found = ssd.errors(ssd.results(ssd.call_kernels, installed, case), case)
-    assert max(found.values()) <= BOUND[dtype], found
+    assert max(found.values()) <= KERNEL_SSD[dtype], found

@@ -7,23 +7,8 @@ torch, so that autograd gives every gradient.
 
 import torch
 
+
 # What a kernel may differ from the float64 oracle, as (rtol, atol), by the dtype of its input.
-# Results are of order 1 to 10. The kernels read and write the input's dtype and compute in
-# float32, so a result carries one rounding to its dtype: half a unit of 2^-23, 2^-10 and 2^-7,
-# and the sigmoid some more of float32. A float32 kernel that is compiled for a GPU has, besides,
-# the fast exponential, which is not met here.
-RESULT = {
-    torch.float32: (1e-5, 1e-5),
-    torch.float16: (1e-3, 1e-3),
-    torch.bfloat16: (8e-3, 8e-3),
-}
-
-# Gradients of weight and bias are sums over all tokens in float32, added up in another order than
-# the oracle's: the bound grows with what is summed, some hundred terms of order 1. With an output
-# in 16 bits nothing else is rounded: the gradient is given, not computed from the output.
-SUMMED = (1e-4, 1e-4)
-
-
 def causal_conv1d(x, weight, bias=None, *, seq_idx=None, initial_states=None, silu=False):
     """Outputs and final states of rows of packed sequences.
 

@@ -9,11 +9,6 @@ its conjugate. Autograd gives the gradients.
 import torch
 import torch.nn.functional as F
 
-# The kernels' largest error, as a share of the largest value of an output or gradient. float32:
-# sums of up to some thousand terms. In 16 bits inputs are taken as they are and sums are done in
-# float32; outputs and most gradients are rounded once, z's gradient is made of a rounded output.
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-
 
 def _per_token(weight: torch.Tensor, dim: int, seqlen: int, is_complex: bool) -> torch.Tensor:
     """B or C of any form that the kernel takes, as (batch or 1, dim, dstate, seqlen)."""

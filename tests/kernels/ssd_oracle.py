@@ -17,19 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-# Largest absolute error as a part of the largest expected value (of 1, where that is smaller), of
-# outputs, states and gradients, kernel against this file. The gradient of a parameter or of a state
-# is a sum over tokens in which terms cancel: it is taken as a part of the largest term.
-# float32: 24 bits, less about 5 for sums over tokens, heads and state, and for exp of sums of dt A.
-# bfloat16: 8 bits; inputs of every matrix product are rounded, and so is what the fused op hands
-# from one kernel to the next.
-KERNEL = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-
-# Chunked against full: its error against this file may be this many times the full pass's, and this
-# much where both are near the last bit.
-NO_WORSE_FACTOR = 2.0
-NO_WORSE_SLACK = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
-
 
 def error(found: Tensor, expected: Tensor, scale: float = 1.0) -> float:
     """Largest absolute error as a part of the largest expected value, or of `scale`."""

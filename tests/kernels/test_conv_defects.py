@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conv_oracle import RESULT, SUMMED
 from conv_oracle import causal_conv1d as oracle
+from tolerances import KERNEL_CONV, KERNEL_CONV_SUMMED
 
 from ci import emulation, forks
 
@@ -44,7 +44,7 @@ def parameters(dim, width=4):
 def check(got, expected, dtype, weights=()):
     """Compares outputs or gradients; those numbered in `weights` are sums over tokens."""
     for number, (a, b) in enumerate(zip(got, expected, strict=True)):
-        rtol, atol = SUMMED if number in weights else RESULT[dtype]
+        rtol, atol = KERNEL_CONV_SUMMED if number in weights else KERNEL_CONV[dtype]
         torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol)
 
 

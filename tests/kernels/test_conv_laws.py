@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conv_oracle import RESULT, SUMMED, causal_conv1d
+from conv_oracle import causal_conv1d
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import KERNEL_CONV, KERNEL_CONV_SUMMED
 
 from ci import emulation, forks
 
@@ -122,12 +123,12 @@ def assert_close(conv, got, expected, names=("x", "initial", "weight", "bias")):
     out, final, gradients = got
     expected_out, expected_final, expected_gradients = expected
     assert torch.equal(final, expected_final.to(conv.dtype))
-    rtol, atol = RESULT[conv.dtype]
+    rtol, atol = KERNEL_CONV[conv.dtype]
     torch.testing.assert_close(out.double(), expected_out.double(), rtol=rtol, atol=atol)
     for name in names:
         if name not in expected_gradients:
             continue
-        rtol, atol = SUMMED if name in ("weight", "bias") else RESULT[conv.dtype]
+        rtol, atol = KERNEL_CONV_SUMMED if name in ("weight", "bias") else KERNEL_CONV[conv.dtype]
         torch.testing.assert_close(
             gradients[name].double(),
             expected_gradients[name].double(),

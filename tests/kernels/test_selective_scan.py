@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selective_scan_oracle import TOLERANCE, selective_scan_oracle
+from selective_scan_oracle import selective_scan_oracle
+from tolerances import KERNEL_SELECTIVE_SCAN
 
 from ci import emulation, forks
 from ci.emulation import selective_scan
@@ -124,7 +125,7 @@ def agree(found, expected, dtype=torch.float32):
     for name, value in expected.items():
         error = (found[name].detach() - value.detach()).abs().max() / value.abs().max()
         # Written so that a NaN fails.
-        assert error <= TOLERANCE[dtype], f"{name}: {error:.1e} of the largest value"
+        assert error <= KERNEL_SELECTIVE_SCAN[dtype], f"{name}: {error:.1e} of the largest value"
 
 
 def check(module, arguments, *, dtype=torch.float32, softplus=True, through_state=True):

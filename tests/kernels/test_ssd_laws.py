@@ -16,7 +16,8 @@ import ssd_oracle as oracle
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from ssd_oracle import KERNEL, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
+from ssd_oracle import error
+from tolerances import KERNEL_SSD, KERNEL_SSD_SLACK, NO_WORSE_FACTOR
 
 from ci import interpreter
 
@@ -238,7 +239,7 @@ def computed(source: str, case: Case) -> dict[str, torch.Tensor]:
 def check(source: str, case: Case) -> None:
     """What the kernels of `source` give is the oracle's of the unsplit rows."""
     found = errors(computed(source, case), case)
-    bound = KERNEL[case.dtype]
+    bound = KERNEL_SSD[case.dtype]
     wrong = {name: e for name, e in found.items() if not e <= bound}
     assert not wrong, f"above {bound:g}: " + ", ".join(f"{n} {e:.2g}" for n, e in wrong.items())
 
@@ -326,7 +327,7 @@ def test_chunking_is_invisible(fused, dtype, splits):
     check("patched", pieces)
     full = errors(computed("patched", case), case)
     for name, found in errors(computed("patched", pieces), pieces).items():
-        assert found <= NO_WORSE_FACTOR * full[name] + NO_WORSE_SLACK[dtype], name
+        assert found <= NO_WORSE_FACTOR * full[name] + KERNEL_SSD_SLACK[dtype], name
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["scan", "fused"])
@@ -372,9 +373,9 @@ def test_packing_and_batching_are_invisible(fused):
                 for n, t in leaves.items()
             }
             y, *alone = call_kernels(ops("patched"), case, given, None)
-            assert error(out[row, start:end], y[0]) <= KERNEL[case.dtype]
+            assert error(out[row, start:end], y[0]) <= KERNEL_SSD[case.dtype]
         for name, batched, single in zip(STATES, final, alone or [], strict=False):
-            assert error(batched[row], single[0]) <= KERNEL[case.dtype], name
+            assert error(batched[row], single[0]) <= KERNEL_SSD[case.dtype], name
         if alone is None:
             for name, batched in zip(STATES, final, strict=False):
                 assert torch.equal(batched[row], leaves[name][row]), name
@@ -469,7 +470,7 @@ def test_laws_with_the_convolution_emulated(emulated_conv):
     both = interpreter.mamba_ssm(forks.patched("mamba-ssm"), conv=conv)
     case = mixed(True)
     found = errors(results(call_kernels, both, case), case)
-    assert max(found.values()) <= KERNEL[case.dtype], found
+    assert max(found.values()) <= KERNEL_SSD[case.dtype], found
 
 
 # What the tests stand on.
@@ -513,4 +514,4 @@ def test_the_stand_in_for_the_convolution_keeps_the_contract():
     )  # fmt: skip
     found = [out.transpose(1, 2), final, dx.transpose(1, 2), *rest]
     for got, exact in zip(found, [*want, *grads], strict=True):
-        assert error(got, exact.detach()) < KERNEL[torch.float32]
+        assert error(got, exact.detach()) < KERNEL_SSD[torch.float32]

@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from ssd_oracle import KERNEL, error
+from ssd_oracle import error
 from test_ssd_laws import (
     BF16,
     PAD,
@@ -24,6 +24,7 @@ from test_ssd_laws import (
     oracle,
     results,
 )
+from tolerances import KERNEL_SSD
 
 from ci import interpreter
 
@@ -146,7 +147,7 @@ def test_varlen_states_decay_from_their_own_start(source, initial):
     """Sequences that begin and end anywhere in an inner chunk: the decay of a state counts from its
     sequence's first token, and is read where that is, not from the inner chunk's beginning."""
     found = varlen_errors(source, [0, 20, 21, 32, 40, 55], initial)
-    assert max(found) <= KERNEL[torch.float32]
+    assert max(found) <= KERNEL_SSD[torch.float32]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_varlen_states_decay_from_their_own_start(source, initial):
     stock_and_patched({"short": (VARLEN, [0, 5, 20]), "one chunk": (VARLEN, [0, 16, 32])}),
 )
 def test_varlen_state_of_a_short_first_sequence(source, cu_seqlens):
-    assert max(varlen_errors(source, cu_seqlens, initial=True)) <= KERNEL[torch.float32]
+    assert max(varlen_errors(source, cu_seqlens, initial=True)) <= KERNEL_SSD[torch.float32]
 
 
 @functools.cache
@@ -184,7 +185,7 @@ def check_reference(source: str, case: Case) -> None:
 
     found = results(call_reference, with_references(source), case)
     for name, exact in results(want, None, case).items():
-        assert error(found[name].detach(), exact.detach()) <= KERNEL[case.dtype], name
+        assert error(found[name].detach(), exact.detach()) <= KERNEL_SSD[case.dtype], name
 
 
 @pytest.mark.slow
