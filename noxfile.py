@@ -74,8 +74,13 @@ def test_kernels(session):
 @nox.session(name="test-gpu", default=False)
 def test_gpu(session):
     """The patched kernels on a machine with a GPU: build, upstream's tests, the laws, times."""
+    if shutil.which("nvidia-smi") is None:
+        session.error(
+            "Found no nvidia-smi on the PATH; needed: a machine with an NVIDIA GPU, its driver and "
+            "the CUDA toolkit. Without one, `nox -s test-kernels` rehearses this session."
+        )
     install(session, "tests", extras="[embed]")
-    session.run("python", "-m", "ci.gpu")  # Stops here where there is no device.
+    session.run("python", "-m", "ci.gpu")  # Stops here if torch or the toolkit cannot use the GPU.
     session.run("python", "-m", "ci.forks", "sync")
     build = {"CAUSAL_CONV1D_FORCE_BUILD": "TRUE", "MAMBA_FORCE_BUILD": "TRUE"}
     scratch = Path(session.create_tmp())

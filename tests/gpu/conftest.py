@@ -6,6 +6,7 @@ Triton's interpreter and causal-conv1d's on the CUDA emulation.
 
 import functools
 import importlib
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -15,7 +16,8 @@ import torch
 from ci import emulation, forks, interpreter
 from compat import _fused
 
-HAS_GPU = torch.cuda.is_available()
+# With the interpreter, a machine with a GPU rehearses as well.
+ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 SSD = ("ssd_combined", "layernorm_gated")
 
 
@@ -47,15 +49,15 @@ def on_gpu(function):
 
 @pytest.fixture(scope="session")
 def device():
-    if not HAS_GPU and (reason := interpreter.unavailable()):
+    if not ON_GPU and (reason := interpreter.unavailable()):
         pytest.skip(reason)
-    return "cuda" if HAS_GPU else "cpu"
+    return "cuda" if ON_GPU else "cpu"
 
 
 @pytest.fixture(scope="session")
 def ops(device):
     """The functions of both packages, for tensors on the CPU."""
-    if not HAS_GPU:
+    if not ON_GPU:
         conv, ssm = rehearsed()
         names = ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")
         scans = {name: getattr(ssm.ssd_combined, name) for name in names}
@@ -72,7 +74,7 @@ def ops(device):
 @pytest.fixture
 def fused_calls(device, monkeypatch):
     """Calls of the fused path, which must be that of the patched kernels."""
-    if not HAS_GPU:
+    if not ON_GPU:
         # At its import a model takes the packages that are there; its own path is to be in torch.
         importlib.import_module("transformers.models.mamba2.modeling_mamba2")
         conv, ssm = rehearsed()

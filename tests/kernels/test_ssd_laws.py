@@ -19,12 +19,7 @@ from hypothesis import strategies as st
 from ssd_oracle import error
 from tolerances import KERNEL_SSD, KERNEL_SSD_SLACK, NO_WORSE_FACTOR
 
-from ci import interpreter
-
-if reason := interpreter.unavailable():
-    pytest.skip(reason, allow_module_level=True)
-
-from ci import forks
+from ci import forks, interpreter
 
 PAD = -1
 BF16 = torch.bfloat16
@@ -215,6 +210,8 @@ def results(
 @functools.cache
 def ops(source: str):
     """The Triton ops of the stock or the patched tree, with plain torch for the convolution."""
+    if reason := interpreter.unavailable():
+        pytest.skip(reason)
     tree = forks.stock("mamba-ssm") if source == "stock" else forks.patched("mamba-ssm")
     return interpreter.mamba_ssm(tree)
 
@@ -467,7 +464,7 @@ def test_the_oracle_goes_on_from_its_states(case):
 def test_laws_with_the_convolution_emulated(emulated_conv):
     """The fused op with causal-conv1d's own kernels, patched, in place of plain torch."""
     conv = emulated_conv("patched")
-    both = interpreter.mamba_ssm(forks.patched("mamba-ssm"), conv=conv)
+    both = interpreter.mamba_ssm(ops("patched").tree, conv=conv)
     case = mixed(True)
     found = errors(results(call_kernels, both, case), case)
     assert max(found.values()) <= KERNEL_SSD[case.dtype], found
