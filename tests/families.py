@@ -488,6 +488,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids, (rows, length), none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 64, (rows, length), generator=generator)
+
+
 def tiny_model(
     model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
 ) -> PreTrainedModel:

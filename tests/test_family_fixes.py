@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 from embedders import embedder, save_checkpoint, text
-from families import FAMILIES, tiny_model
+from families import FAMILIES, tiny_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
-from tolerances import CHUNKED, COSINE, HIDDEN, NO_WORSE_FACTOR
+from tolerances import CHUNKED, COSINE, HIDDEN, NO_WORSE_FACTOR, error
 from torch.nn.functional import cosine_similarity, silu, softplus
 from transformers.models.jamba.modeling_jamba import mamba_selective_scan as jamba_scan
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan as mamba_scan
@@ -21,11 +21,6 @@ from compat._families import backbone_of
 FEW = settings().max_examples // 3
 
 
-def tokens(rows, length, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 64, (rows, length), generator=generator)
-
-
 def streamed(model, ids, size=7, mask=None):
     chunks = compat.iter_chunks(model, input_ids=ids, attention_mask=mask, vertical_chunk_size=size)
     return torch.cat([hidden for _, hidden in chunks], 1)
@@ -34,10 +29,6 @@ def streamed(model, ids, size=7, mask=None):
 @torch.no_grad()
 def in_one_pass(model, ids, **kwargs):
     return model(input_ids=ids, **kwargs).last_hidden_state
-
-
-def error(found, wanted):
-    return (found.double() - wanted.double()).abs().max().item()
 
 
 # Mamba-1: a scan that begins from a state.

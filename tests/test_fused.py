@@ -14,10 +14,11 @@ from types import ModuleType
 import oracle
 import pytest
 import torch
-from families import tiny_model
+from families import tiny_model, tokens
+from fused_packages import TRITON, in_place, state_after
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK
+from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
 from torch import nn
 from torch.nn.functional import silu
 from transformers.models.mamba2 import modeling_mamba2
@@ -106,31 +107,21 @@ def module_of(name, functions):
 @contextmanager
 def packages(ssd=SSD, conv=CONV, norm=NORM, on_gpu=True):
     """Packages with these functions (None: not there), and the calls of what is made of them."""
-    calls = []
+    given = {
+        "mamba_ssm": ssd,
+        f"{TRITON}.ssd_combined": ssd,
+        f"{TRITON}.layernorm_gated": norm,
+        "causal_conv1d": conv,
+    }
+    modules = {
+        name: None if functions is None else module_of(name, functions)
+        for name, functions in given.items()
+        if functions is not None or "." not in name
+    }
     with pytest.MonkeyPatch.context() as patch:
-        triton = "mamba_ssm.ops.triton"
-        for name, functions in [
-            ("mamba_ssm", ssd),
-            (f"{triton}.ssd_combined", ssd),
-            (f"{triton}.layernorm_gated", norm),
-            ("causal_conv1d", conv),
-        ]:
-            if functions is not None:
-                patch.setitem(sys.modules, name, module_of(name, functions))
-            elif "." not in name:
-                patch.setitem(sys.modules, name, None)
         patch.setattr(_fused, "version", VERSIONS.__getitem__)
-        path = _fused.probe.__wrapped__()
-
-        def run(*args):
-            calls.append(args)
-            return path.run(*args)
-
-        probed = _fused.FusedPath(run if path.run else None, path.reason)
-        patch.setattr(_fused, "probe", lambda: probed)
-        if on_gpu:
-            patch.setattr(_fused, "_has_kernels", lambda tensor: True)
-        yield calls
+        with in_place(modules, on_gpu) as calls:
+            yield calls
 
 
 def report():
@@ -245,10 +236,6 @@ def test_a_mixer_that_computes_something_else_is_left_alone(monkeypatch):
 
 
 # When it is taken.
-
-
-def tokens(rows, length, seed=0):
-    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def in_chunks(model, ids=None, size=10, mask=None):
@@ -474,10 +461,6 @@ def _fail(x, dt, A, B, C, chunk_size, D, initial_states, return_final_states, dt
 # That it is exact.
 
 
-def error(found, wanted):
-    return (found.double() - wanted.double()).abs().max().item()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_type", ALL)
 @settings(max_examples=8)
@@ -518,18 +501,9 @@ def test_the_states_in_the_cache_are_those_of_transformers(kind, sizes, width):
     """Also where a chunk is shorter than the convolution is wide."""
     model = cached_model("mamba2", conv_kernel=width)
     ids = tokens(2, sum(sizes))
-
-    def final():
-        state, start = None, 0
-        for size in sizes:
-            part = ids[:, start : start + size]
-            _, state = FAMILIES["mamba2"].forward(model, part, start, state)
-            start += size
-        return state
-
-    own = final()
+    own = state_after(model, ids, sizes)
     with packages(KINDS[kind]) as calls:
-        found = final()
+        found = state_after(model, ids, sizes)
     assert len(calls) == 2 * len(sizes)
     for layer, wanted in zip(found.layers, own.layers, strict=True):
         ssm, wanted_ssm = layer.recurrent_states[0], wanted.recurrent_states[0]

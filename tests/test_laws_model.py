@@ -9,7 +9,7 @@ import torch
 from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK
+from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
 
 import compat
 from compat._chunks import _warn_that_it_grows, stream, windows
@@ -65,10 +65,6 @@ def alone(model, input_ids, mask):
         row[real] = hidden
         rows.append(row)
     return torch.stack(rows)
-
-
-def error(found, wanted):
-    return (found.double() - wanted.double()).abs().max().item()
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from families import tiny_model
+from families import tiny_model, tokens
 from tolerances import CHUNKED
 from transformers import AutoModelForCausalLM
 
@@ -63,11 +63,6 @@ def released():
     yield patched
     compat.disable_vertical_chunking()
     assert patched() == set()
-
-
-def tokens(rows, length, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 64, (rows, length), generator=generator)
 
 
 def causal_lm(model_type):

@@ -6,6 +6,12 @@ split; nothing else may differ. Kernels, below, run on it in an interpreter or a
 
 import torch
 
+
+def error(found, wanted):
+    """The largest absolute error."""
+    return (found.double() - wanted.double()).abs().max().item()
+
+
 # Hidden states, largest absolute error for outputs of order 1, against a float64 recurrence that
 # has the same weights. float32 carries 24 bits; a few layers lose 5 or so of them. bfloat16
 # carries 8 bits, and rounds after every operation.

@@ -14,7 +14,7 @@ Where patches do not fit, as after a change of the pin: move patches/LIBRARY awa
 in the tree by `git am --keep`, mend there what does not fit, and export.
 """
 
-from ci.forks._commands import check, export, patched, status, sync
+from ci.forks._commands import check, export, patched, sources, status, sync
 from ci.forks._release import ROOT, ForkError, libraries, stock
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "export",
     "libraries",
     "patched",
+    "sources",
     "status",
     "stock",
     "sync",

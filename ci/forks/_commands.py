@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from ci import roadmap
 from ci.forks._release import ROOT, Fork, ForkError, replace, scratch, stock
@@ -33,6 +34,11 @@ def patched(library: str, root: Path = ROOT) -> Path:
     if not unexported(fork):
         sync(library, root)
     return fork.tree
+
+
+def sources(library: str, which: Literal["stock", "patched"], root: Path = ROOT) -> Path:
+    """The sources as they are released, or as they are patched."""
+    return stock(library, root) if which == "stock" else patched(library, root)
 
 
 def sync(library: str, root: Path = ROOT, *, force: bool = False) -> bool:

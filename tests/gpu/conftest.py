@@ -7,29 +7,26 @@ Triton's interpreter and causal-conv1d's on the CUDA emulation.
 import functools
 import importlib
 import os
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fused_packages import in_place, kernels
 
 from ci import emulation, forks, interpreter
 from compat import _fused
 
 # With the interpreter, a machine with a GPU rehearses as well.
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-SSD = ("ssd_combined", "layernorm_gated")
 
 
 @functools.cache
 def rehearsed():
     """The packages causal_conv1d and mamba_ssm of the patched trees, on a CPU."""
     try:
-        emulated = emulation.causal_conv1d(forks.patched("causal-conv1d"))
+        conv = emulation.causal_conv1d(forks.patched("causal-conv1d"))
     except emulation.Unavailable as reason:
         pytest.skip(str(reason))
-    conv = ModuleType("causal_conv1d")
-    vars(conv).update(vars(emulated), **emulated.modules)
     return conv, interpreter.mamba_ssm(forks.patched("mamba-ssm"), conv=conv)
 
 
@@ -72,24 +69,14 @@ def ops(device):
 
 
 @pytest.fixture
-def fused_calls(device, monkeypatch):
+def fused_calls(device):
     """Calls of the fused path, which must be that of the patched kernels."""
+    modules = {}
     if not ON_GPU:
         # At its import a model takes the packages that are there; its own path is to be in torch.
         importlib.import_module("transformers.models.mamba2.modeling_mamba2")
-        conv, ssm = rehearsed()
-        monkeypatch.setitem(sys.modules, "causal_conv1d", conv)
-        monkeypatch.setitem(sys.modules, "mamba_ssm", ModuleType("mamba_ssm"))
-        for name in SSD:
-            monkeypatch.setitem(sys.modules, f"mamba_ssm.ops.triton.{name}", getattr(ssm, name))
-        monkeypatch.setattr(_fused, "_has_kernels", lambda tensor: True)
-    path = _fused.probe.__wrapped__()
-    assert path.reason.startswith("mamba_split_conv1d_scan_combined"), path.reason
-    made = []
-
-    def run(*args):
-        made.append(args)
-        return path.run(*args)
-
-    monkeypatch.setattr(_fused, "probe", lambda: _fused.FusedPath(run, path.reason))
-    return made
+        modules = kernels(*rehearsed())
+    with in_place(modules, on_gpu=not ON_GPU) as calls:
+        reason = _fused.probe().reason
+        assert reason.startswith("mamba_split_conv1d_scan_combined"), reason
+        yield calls

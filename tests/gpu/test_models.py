@@ -3,11 +3,11 @@
 import pytest
 import torch
 from embedders import embedder, save_checkpoint, text
-from families import tiny_model
+from families import tiny_model, tokens
+from fused_packages import transformers_own_path
 from tolerances import CHUNKED, COSINE
 
 import compat
-from compat import _fused
 
 # float16 has 3 more bits than bfloat16.
 BOUND = CHUNKED | {torch.float16: CHUNKED[torch.bfloat16]}
@@ -21,7 +21,7 @@ SMALL = {"num_heads": 2, "head_dim": 8, "hidden_size": 8, "state_size": 8, "n_gr
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 def test_chunks_give_each_row_what_it_gives_alone(device, fused_calls, dtype):
     model = tiny_model("mamba2", dtype, **SMALL).to(device)
-    ids = torch.randint(3, 64, (2, 31), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = tokens(2, 31).to(device)
     mask = torch.ones_like(ids)
     mask[1, :14] = 0
     chunks = compat.iter_chunks(model, input_ids=ids, attention_mask=mask, vertical_chunk_size=12)
@@ -41,8 +41,7 @@ def test_encode_in_chunks_is_encode(device, fused_calls, tmp_path, dtype):
     with compat.vertical_chunking():
         found = model.encode(texts, vertical_chunk_size=16, convert_to_tensor=True)
         assert fused_calls
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_fused, "_has_kernels", lambda tensor: False)
+        with transformers_own_path():
             whole = model.encode(texts, convert_to_tensor=True)
     cosine = torch.cosine_similarity(found.double(), whole.double())
     assert (1 - cosine).max() <= DISTANCE[dtype]

@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items):
 
 @functools.cache
 def _causal_conv1d(source):
-    tree = forks.stock("causal-conv1d") if source == "stock" else forks.patched("causal-conv1d")
+    tree = forks.sources("causal-conv1d", source)
     return emulation.causal_conv1d(tree)
 
 

@@ -115,7 +115,7 @@ print("done", flush=True)
     ],
 )
 def test_no_read_past_the_gradient_of_final_states(source):
-    tree = (forks.stock if source == "stock" else forks.patched)("causal-conv1d")
+    tree = forks.sources("causal-conv1d", source)
     try:
         environment = os.environ | emulation.sanitizer_environment()
     except emulation.Unavailable as reason:

@@ -4,19 +4,17 @@ causal-conv1d's CUDA sources on the emulation. When the path is taken: tests/tes
 
 import functools
 import importlib
-import sys
-from types import ModuleType
 
 import oracle
 import pytest
 import torch
-from families import tiny_model
-from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK
+from families import tiny_model, tokens
+from fused_packages import in_place, kernels, state_after, transformers_own_path
+from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
 
 import compat
 from ci import interpreter
 from compat import _fused
-from compat._families import FAMILIES
 
 if reason := interpreter.unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -27,66 +25,35 @@ for model_type in _fused.MIXERS:
     # At its import a model takes the packages that are there; its own path is to be in torch.
     importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
 
-MODULES = ("ssd_combined", "layernorm_gated")
 # Half of the heads and states of the other tests: the interpreter runs about a scan a second.
 SMALL = {"num_heads": 2, "head_dim": 8, "hidden_size": 8, "state_size": 8, "n_groups": 1}
 
 
 @pytest.fixture(scope="module")
 def packages(emulated_conv):
-    """Maps "stock" or "patched" to the package causal_conv1d and the ops of mamba-ssm with it."""
+    """Maps "stock" or "patched" to causal-conv1d and the ops of mamba-ssm with it."""
 
     @functools.cache
     def load(source):
-        emulated = emulated_conv(source)
-        conv = ModuleType("causal_conv1d")
-        vars(conv).update(vars(emulated), **emulated.modules)
-        tree = forks.stock("mamba-ssm") if source == "stock" else forks.patched("mamba-ssm")
-        return conv, interpreter.mamba_ssm(tree, conv=conv)
+        conv = emulated_conv(source)
+        return conv, interpreter.mamba_ssm(forks.sources("mamba-ssm", source), conv=conv)
 
     return load
 
 
 @pytest.fixture(params=["composed", "whole"])
-def calls(request, packages, monkeypatch):
+def calls(request, packages):
     """Puts released or patched packages in place; the calls of the fused path."""
     conv, ops = packages("stock" if request.param == "composed" else "patched")
-    monkeypatch.setitem(sys.modules, "causal_conv1d", conv)
-    monkeypatch.setitem(sys.modules, "mamba_ssm", ModuleType("mamba_ssm"))
-    for name in MODULES:
-        monkeypatch.setitem(sys.modules, f"mamba_ssm.ops.triton.{name}", getattr(ops, name))
-    path = _fused.probe.__wrapped__()
-    assert path.reason.startswith("composed") == (request.param == "composed")
-    made = []
-
-    def run(*args):
-        made.append(args)
-        return path.run(*args)
-
-    monkeypatch.setattr(_fused, "probe", lambda: _fused.FusedPath(run, path.reason))
-    monkeypatch.setattr(_fused, "_has_kernels", lambda tensor: True)
-    yield made
+    with in_place(kernels(conv, ops)) as made:
+        assert _fused.probe().reason.startswith("composed") == (request.param == "composed")
+        yield made
     ops.check_guards()
-
-
-def tokens(rows, length):
-    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
 def in_chunks(model, ids, size):
     chunks = compat.iter_chunks(model, input_ids=ids, vertical_chunk_size=size)
     return torch.cat([hidden for _, hidden in chunks], 1)
-
-
-def error(found, wanted):
-    return (found.double() - wanted.double()).abs().max().item()
-
-
-def own_path(function):
-    """What transformers' own path gives."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fused, "_has_kernels", lambda tensor: False)
-        return function()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -98,7 +65,8 @@ def test_mamba2_is_the_float64_recurrence(calls, dtype, width):
     )
     ids = tokens(1, 23)
     exact, _ = oracle.mamba2(model, ids[0].tolist())
-    own = error(own_path(lambda: in_chunks(model, ids, 10))[0], exact)
+    with transformers_own_path():
+        own = error(in_chunks(model, ids, 10)[0], exact)
     assert not calls
     found = in_chunks(model, ids, 10)
     assert len(calls) == 6
@@ -111,17 +79,9 @@ def test_mamba2_is_the_float64_recurrence(calls, dtype, width):
 def test_the_states_in_the_cache_are_those_of_transformers(calls, sizes):
     model, ids = tiny_model("mamba2", **SMALL), tokens(2, sum(sizes))
     _, exact = oracle.mamba2(model, ids[0].tolist())
-
-    def final():
-        state, start = None, 0
-        for size in sizes:
-            part = ids[:, start : start + size]
-            _, state = FAMILIES["mamba2"].forward(model, part, start, state)
-            start += size
-        return state
-
-    own = own_path(final)
-    found = final()
+    with transformers_own_path():
+        own = state_after(model, ids, sizes)
+    found = state_after(model, ids, sizes)
     assert len(calls) == 2 * len(sizes)
     for layer, wanted, once in zip(found.layers, own.layers, exact, strict=True):
         ssm, conv = layer.recurrent_states[0], layer.conv_states[0]
@@ -146,6 +106,7 @@ def test_every_family_gives_what_transformers_gives(calls, model_type):
         )
         return torch.cat([hidden for _, hidden in chunks], 1)
 
-    own = own_path(hidden)
+    with transformers_own_path():
+        own = hidden()
     assert error(hidden(), own) <= CHUNKED[torch.float32]
     assert calls

@@ -30,7 +30,7 @@ DIFFERENTIABLE = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_
 
 
 def _load(source, **options):
-    tree = forks.stock("mamba-ssm") if source == "stock" else forks.patched("mamba-ssm")
+    tree = forks.sources("mamba-ssm", source)
     try:
         return selective_scan.selective_scan(tree, **options)
     except emulation.Unavailable as reason:

@@ -212,7 +212,7 @@ def ops(source: str):
     """The Triton ops of the stock or the patched tree, with plain torch for the convolution."""
     if reason := interpreter.unavailable():
         pytest.skip(reason)
-    tree = forks.stock("mamba-ssm") if source == "stock" else forks.patched("mamba-ssm")
+    tree = forks.sources("mamba-ssm", source)
     return interpreter.mamba_ssm(tree)
 
 

@@ -42,7 +42,7 @@ QUICK = re.compile(
 
 def _module(source):
     """Upstream's test module, in which the package is what `_package` sets later."""
-    tree = forks.stock("causal-conv1d") if source == "stock" else forks.patched("causal-conv1d")
+    tree = forks.sources("causal-conv1d", source)
     path = tree / "tests" / "test_causal_conv1d.py"
     text = path.read_text()
     for pattern, replacement in CHANGES:

@@ -1,0 +1,64 @@
+"""Packages in the place of the installed ones, for tests of compat's fused path."""
+
+import sys
+from contextlib import contextmanager
+from types import ModuleType
+
+import pytest
+
+from compat import _fused
+from compat._families import FAMILIES
+
+TRITON = "mamba_ssm.ops.triton"
+
+
+def kernels(conv, ops):
+    """The modules of a causal-conv1d of `ci.emulation` and a mamba-ssm of `ci.interpreter`."""
+    package = ModuleType("causal_conv1d")
+    vars(package).update(vars(conv))
+    return {
+        "causal_conv1d": package,
+        "mamba_ssm": ModuleType("mamba_ssm"),
+        f"{TRITON}.ssd_combined": ops.ssd_combined,
+        f"{TRITON}.layernorm_gated": ops.layernorm_gated,
+    }
+
+
+@contextmanager
+def in_place(modules, on_gpu=True):
+    """The calls of the fused path, with these modules (None: not there) in place of installed ones.
+
+    With `on_gpu`, tensors on the CPU count as such on a GPU.
+    """
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        path = _fused.probe.__wrapped__()
+
+        def run(*args):
+            calls.append(args)
+            return path.run(*args)
+
+        probed = _fused.FusedPath(run if path.run else None, path.reason)
+        patch.setattr(_fused, "probe", lambda: probed)
+        if on_gpu:
+            patch.setattr(_fused, "_has_kernels", lambda tensor: True)
+        yield calls
+
+
+@contextmanager
+def transformers_own_path():
+    """The fused path is not taken."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fused, "_has_kernels", lambda tensor: False)
+        yield
+
+
+def state_after(model, ids, sizes):
+    """The cache of a Mamba2 after chunks of these sizes."""
+    state, start = None, 0
+    for size in sizes:
+        _, state = FAMILIES["mamba2"].forward(model, ids[:, start : start + size], start, state)
+        start += size
+    return state
