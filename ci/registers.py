@@ -76,8 +76,9 @@ def parse(file: str, log: str) -> dict[Kernel, Use]:
         match = re.match(r"(?:void )?(\w+)(?:<(.*)>)?\(", name)
         if not match:
             raise ValueError(f"found no kernel's name in {name!r}, which c++filt gave")
-        words = [w for w in re.split(r"[<>, ]+", (match[2] or "").replace("c10::", "")) if w]
-        types = [w for w in words if w in ("float", "Half", "BFloat16")]
+        parameters = (match[2] or "").replace("c10::", "").replace("complex<float>", "complex")
+        words = [w for w in re.split(r"[<>, ]+", parameters) if w]
+        types = [w for w in words if w in ("float", "Half", "BFloat16", "complex")]
         others = tuple(w for w in words if re.fullmatch(r"\d+|true|false", w))
         kernel = Kernel(file, match[1], "/".join(types), others)
         if kernel in result:
@@ -97,7 +98,7 @@ def leave_floats(source: Path) -> bool:
 
 
 def compile_tree(
-    tree: Path, archs: list[str], include: list[Path], *, only_floats: bool = False
+    tree: Path, archs: list[str], *, only_floats: bool = False
 ) -> dict[str, dict[Kernel, Use]]:
     """The kernels of all .cu files below `tree`/csrc, for each architecture.
 
@@ -122,7 +123,6 @@ def compile_tree(
         stub.parent.mkdir(parents=True)
         stub.touch()
         folders = [
-            *include,
             Path(scratch),
             headers,
             headers / "torch/csrc/api/include",
@@ -218,13 +218,12 @@ def main() -> int:
         "trees", nargs="+", type=Path, help="before and after; one: only compile it"
     )
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"])
-    parser.add_argument("--include", nargs="*", type=Path, default=[], help="more header folders")
     options = parser.parse_args()
     if len(options.trees) > 2:
         parser.error(f"found {len(options.trees)} trees; need one or two")
     try:
         uses = [
-            compile_tree(tree, options.arch, options.include, only_floats=len(options.trees) == 1)
+            compile_tree(tree, options.arch, only_floats=len(options.trees) == 1)
             for tree in options.trees
         ]
     except RuntimeError as error:

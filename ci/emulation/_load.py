@@ -8,7 +8,7 @@ import importlib.util
 import itertools
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,13 @@ def _poisoned(like: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _modules(replaced: dict[str, types.ModuleType], prefix: str) -> Iterator[None]:
-    """For the time of an import, `replaced` are in sys.modules, and nothing of `prefix` else."""
+def modules_replaced(
+    replaced: Mapping[str, types.ModuleType | None], prefix: str
+) -> Iterator[None]:
+    """For the time of an import, `replaced` are in sys.modules, and nothing of `prefix` else.
+
+    None stands for a module that is not there.
+    """
 
     def own(name: str) -> bool:
         return name in replaced or name == prefix or name.startswith(f"{prefix}.")
@@ -148,7 +153,7 @@ def _modules(replaced: dict[str, types.ModuleType], prefix: str) -> Iterator[Non
     before = {name: module for name, module in sys.modules.items() if own(name)}
     for name in before:
         del sys.modules[name]
-    sys.modules.update(replaced)
+    sys.modules.update(replaced)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -178,7 +183,7 @@ def load_package(
     parent = types.ModuleType(package)
     parent.__path__ = [str(folder)]
     result = {"": parent}
-    with _modules({**extensions, package: parent}, package):
+    with modules_replaced({**extensions, package: parent}, package):
         for name in [*submodules, ""]:
             path = folder / f"{name or '__init__'}.py"
             module = result.setdefault(name, types.ModuleType(f"{package}.{name}"))

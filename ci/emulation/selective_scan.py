@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -155,21 +154,6 @@ def _module(name: str, path: Path) -> ModuleType:
     return module
 
 
-@contextmanager
-def _modules(modules: Mapping[str, ModuleType | None]) -> Iterator[None]:
-    """`sys.modules` with these entries for a while; None stands for a module that is not there."""
-    before = {name: sys.modules.get(name, ...) for name in modules}
-    sys.modules.update(modules)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            if module is ...:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
-
-
 def selective_scan(tree: Path, **options: Any) -> ModuleType:
     """`mamba_ssm.ops.selective_scan_interface` of a tree, on CPU tensors.
 
@@ -199,11 +183,11 @@ def selective_scan(tree: Path, **options: Any) -> ModuleType:
         ),
     }
     name = "mamba_ssm.ops.selective_scan_interface"
-    with _modules(modules):
+    with _load.modules_replaced(modules, "mamba_ssm"):
         module = _module(name, tree / "mamba_ssm/ops/selective_scan_interface.py")
-        with _modules({name: module}):
-            simple = _module(
-                "mamba_ssm.modules.mamba_simple", tree / "mamba_ssm/modules/mamba_simple.py"
-            )
+        sys.modules[name] = module
+        simple = _module(
+            "mamba_ssm.modules.mamba_simple", tree / "mamba_ssm/modules/mamba_simple.py"
+        )
     module.mamba_simple = simple  # type: ignore[attr-defined]
     return module
