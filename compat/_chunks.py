@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compat._families import backbone_of
-from compat._family import Family
-from compat._pooling import Chunk, StreamingPooling
-from compat._transformers import require_support
+from ._families import backbone_of
+from ._family import Family
+from ._pooling import Chunk, StreamingPooling
+from ._transformers import require_support
 
 Window = tuple[int, int]
+
+# What a run through all layers costs beside its tokens, in tokens: reading the weights, mostly.
+RUN = 64
 
 
 def check_chunk_size(vertical_chunk_size: object) -> int:
@@ -108,13 +111,50 @@ def _warn_that_it_grows(model_type: str) -> None:
     )
 
 
+def batches(lengths: Tensor, parts: Sequence[Window]) -> list[Tensor]:
+    """Which rows are run together, each (n,) int64 ascending; a row without a token in none.
+
+    On an accelerator, all of them. On a CPU a token takes about the same time in any batch, so
+    there rows go together only where that costs less in padding than runs of their own would.
+
+    Args:
+        lengths: (batch,) int64, the number of tokens of each row.
+        parts: Consecutive `(start, end)` from 0; a row is padded to the end of its last part, or
+            of the longest row with it.
+    """
+    order = lengths.argsort(descending=True, stable=True)[: int((lengths > 0).sum())]
+    count = len(order)
+    if lengths.device.type != "cpu" or count < 2:
+        return [order.sort().values] if count else []
+    longest = lengths[order]
+    ends = torch.tensor([end for _, end in parts])
+    last = torch.searchsorted(ends, longest)
+    padded = torch.cat([ends.new_zeros(1), ends[last].cumsum(0)])
+    # The first row of those behind that ends in an earlier part.
+    earlier = torch.searchsorted(-last, -last, right=True)
+    # The cheapest way to run the first rows, one row more at a time.
+    cheapest, cuts = ends.new_zeros(count + 1), [0]
+    first = torch.arange(count)
+    for stop in range(1, count + 1):
+        cut = earlier[:stop].clamp(max=stop)  # Before it, rows are padded to the longest's end.
+        tokens = (cut - first[:stop]) * longest[:stop] + padded[stop] - padded[cut]
+        costs = cheapest[:stop] + tokens + RUN * (last[:stop] + 1)
+        cuts.append(int(costs.argmin()))
+        cheapest[stop] = costs[cuts[-1]]
+    found, stop = [], count
+    while stop:
+        found.append(order[cuts[stop] : stop].sort().values)
+        stop = cuts[stop]
+    return found
+
+
 @torch.no_grad()
 def stream(
     backbone: PreTrainedModel,
     family: Family,
     input_ids: Tensor,
     lengths: Tensor,
-    parts: Iterable[Window],
+    parts: Sequence[Window],
 ) -> Iterator[Chunk]:
     """Run the rows part by part through all layers, and carry the state from part to part.
 
@@ -127,11 +167,25 @@ def stream(
             that they reach, and not beyond.
 
     Yields:
-        A `Chunk` for each part, of the rows that reach it.
+        A `Chunk` for each batch of `batches` and each part that it reaches, batch after batch.
     """
+    for rows in batches(lengths, parts):
+        yield from _run(backbone, family, input_ids, lengths, parts, rows)
+
+
+@torch.no_grad()
+def _run(
+    backbone: PreTrainedModel,
+    family: Family,
+    input_ids: Tensor,
+    lengths: Tensor,
+    parts: Sequence[Window],
+    rows: Tensor,
+) -> Iterator[Chunk]:
+    """`stream` of some rows, (n,) int64, as one batch that rows leave after their last part."""
     if family.grows:
         _warn_that_it_grows(str(backbone.config.model_type))
-    rows = torch.arange(len(input_ids), device=input_ids.device)
+    longest = int(lengths[rows].max())
     state: Any = None
     for start, end in parts:
         alive = (lengths[rows] > start).nonzero()[:, 0]
@@ -141,9 +195,15 @@ def stream(
                 return
             if state is not None:
                 state = family.select_rows(state, alive)
-        hidden, state = family.forward(backbone, input_ids[rows, start:end], start, state)
+        tokens = input_ids[rows, start : _stop(start, end, longest)]
+        hidden, state = family.forward(backbone, tokens, start, state)
         yield Chunk(start, rows, (lengths[rows] - start).clamp(max=end - start), hidden)
         del hidden  # The next chunk's hidden states must not come on top of this one's.
+
+
+def _stop(start: int, end: int, longest: int) -> int:
+    """Where a part ends for rows of which the longest has so many tokens; never after one token."""
+    return min(end, max(longest, start + 2))
 
 
 def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -190,8 +250,9 @@ def iter_chunks(
             padding stands between tokens.
 
     Rows that begin in different columns (a left-padded batch) are run apart from one another; pad
-    on the right to run them as one batch. A hybrid's attention layers keep keys and values of the
-    whole text: that cache grows with the text, and a warning says so once.
+    on the right to run them as one batch. On a CPU, rows of very different lengths are run apart
+    too. A hybrid's attention layers keep keys and values of the whole text: that cache grows with
+    the text, and a warning says so once.
     """
     backbone, family = backbone_of(model)
     require_support()
@@ -213,20 +274,22 @@ def _iter_columns(
     lengths: Tensor,
     size: int,
 ) -> Iterator[tuple[int, Tensor]]:
-    """`iter_chunks` after its checks: one stream for each column in which rows begin."""
+    """`iter_chunks` after its checks: batches of rows that begin in one column, part by part."""
     parts = windows(input_ids.shape[1], size)
-    streams: dict[int, tuple[Tensor, Iterator[Chunk]]] = {}
+    streams: list[tuple[int, Tensor, Iterator[Chunk]]] = []
     for column in sorted(set(first[lengths > 0].tolist())):
         rows = ((first == column) & (lengths > 0)).nonzero()[:, 0]
         own = [(max(start - column, 0), end - column) for start, end in parts if end > column]
         tokens = input_ids[rows, column:]
-        streams[column] = (rows, stream(backbone, family, tokens, lengths[rows], own))
+        for together in batches(lengths[rows], own):
+            chunks = _run(backbone, family, tokens, lengths[rows], own, together)
+            streams.append((column, rows, chunks))
 
     waiting: list[Window] = []  # Parts of padding before the first hidden state, of unknown width.
     like: Tensor | None = None
     for start, end in parts:
         pieces = []
-        for column, (rows, chunks) in streams.items():
+        for column, rows, chunks in streams:
             if end > column and (chunk := next(chunks, None)) is not None:
                 pieces.append((max(column - start, 0), rows, chunk))
                 like = chunk.hidden
@@ -239,8 +302,10 @@ def _iter_columns(
             yield before, like.new_zeros(batch, after - before, hidden_size)
         hidden = like.new_zeros(batch, end - start, hidden_size)
         for offset, rows, chunk in pieces:
-            real = torch.arange(chunk.hidden.shape[1], device=rows.device) < chunk.lengths[:, None]
-            hidden[rows[chunk.rows], offset:] = chunk.hidden.masked_fill(~real[..., None], 0)
+            width = chunk.hidden.shape[1]
+            real = torch.arange(width, device=rows.device) < chunk.lengths[:, None]
+            piece = chunk.hidden.masked_fill(~real[..., None], 0)
+            hidden[rows[chunk.rows], offset : offset + width] = piece
         yield start, hidden
 
 
