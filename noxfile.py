@@ -15,6 +15,8 @@ nox.options.error_on_missing_interpreters = True
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 # Triton's kernels run on a CPU, in its interpreter.
 INTERPRET = {"TRITON_INTERPRET": "1"}
+# Tests share the cores; each of them has one thread.
+PYTEST = ["pytest", "-n", "auto", "--dist", "worksteal"]
 # The patched sources of the libraries of kernels, in the order in which they need each other.
 TREES = {library: f"forks/{library}/tree" for library in ["causal-conv1d", "mamba-ssm"]}
 
@@ -40,7 +42,7 @@ def demo(session):
 def tests(session):
     """All tests that need no GPU, but for the slow ones of the kernels."""
     install(session, "tests", extras="[embed]")
-    session.run("pytest", "-m", "not slow", *session.posargs, env=OFFLINE | INTERPRET)
+    session.run(*PYTEST, "-m", "not slow", *session.posargs, env=OFFLINE | INTERPRET)
 
 
 @nox.session(default=False)
@@ -55,16 +57,15 @@ def forks(session):
 def test_kernels(session):
     """The kernels of the forks, stock and patched, run and compiled without a GPU: 20 minutes."""
     install(session, "tests")
-    session.run("pytest", "tests/kernels", *session.posargs, env=OFFLINE | INTERPRET)
+    session.run(*PYTEST, "tests/kernels", *session.posargs, env=OFFLINE | INTERPRET)
     if session.posargs:
         return
     # A rehearsal of test-gpu: a few examples of each law, which were drawn in full above.
-    session.run("pytest", "tests/gpu", "-k", "not thorough", env=OFFLINE | INTERPRET)
+    session.run(*PYTEST, "tests/gpu", "-k", "not thorough", env=OFFLINE | INTERPRET)
     session.run("python", "-m", "ci.triton_aot")
     if shutil.which("nvcc"):
-        # Those of mamba-ssm take many minutes: a step for a machine of more cores.
-        archs = ["--arch", "sm_80", "sm_90", "sm_100"]
-        session.run("python", "-m", "ci.registers", TREES["causal-conv1d"], *archs)
+        for tree in TREES.values():
+            session.run("python", "-m", "ci.registers", tree, "--arch", "sm_80", "sm_90", "sm_100")
     else:
         session.warn("CUDA sources were not compiled for a GPU: there is no nvcc on the PATH")
 

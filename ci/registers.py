@@ -4,13 +4,14 @@
 
 compiles the .cu files of both trees and prints a Markdown table of what differs. The exit status is
 1 when fewer blocks of a kernel that both have fit on a multiprocessor, or as many although more is
-spilled, and when nvcc fails. With one tree it only compiles that, without optimization: minutes
-instead of an hour.
+spilled, and when nvcc fails. With one tree it only compiles that: all files, but not all types and
+sizes (`leave_few`), which is minutes instead of an hour; with --full all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -87,22 +88,36 @@ def parse(file: str, log: str) -> dict[Kernel, Use]:
     return result
 
 
-def leave_floats(source: Path) -> bool:
-    """Take other types than float out of a file; False if it has instantiations and keeps none."""
-    text, before = source.read_text(), r"^template void \w+<.*;$"
-    left = re.sub(
-        r"^template void \w+<(?!float, (?:float|complex_t)>|float>).*;$", "", text, flags=re.M
+def leave_few(text: str) -> str:
+    """A source with fewer instantiations, in which each line of it is still compiled.
+
+    Left are the file's first type of inputs, with weights in float and complex; and of the
+    selective scan, which has kernels for several lengths of rows, those for the shortest: the least
+    code, as their loops are unrolled.
+    """
+    first = re.search(r"^template void \w+<([\w:]+)", text, re.M)
+    if first:
+        kept = rf"{first[1]}(?:, (?:float|complex_t))?>"
+        text = re.sub(rf"^template void \w+<(?!{kept}).*;$", "", text, flags=re.M)
+    launch = r"\bselective_scan_\w+_launch<(\d+), (\d+), [^;]*;"
+    blocks = [(int(threads), int(items)) for threads, items in re.findall(launch, text)]
+    return re.sub(
+        launch,
+        lambda match: match[0] if (int(match[1]), int(match[2])) == min(blocks) else ";",
+        text,
     )
-    source.write_text(left)
-    return bool(re.search(before, left, re.M)) or not re.search(before, text, re.M)
 
 
 def compile_tree(
-    tree: Path, archs: list[str], *, only_floats: bool = False
+    tree: Path, archs: list[str], *, files: str = "*.cu", full: bool = True
 ) -> dict[str, dict[Kernel, Use]]:
-    """The kernels of all .cu files below `tree`/csrc, for each architecture.
+    """The kernels of the .cu files below `tree`/csrc, for each architecture.
 
-    With `only_floats`, those of them whose types are all float.
+    Args:
+        tree: the sources of a fork.
+        archs: sm_80 and others.
+        files: which files, as a pattern of their names.
+        full: all instantiations; else those that `leave_few` leaves.
 
     Raises:
         RuntimeError: nvcc's message.
@@ -113,11 +128,13 @@ def compile_tree(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "csrc")
         shutil.copytree(tree / "csrc", folder)
-        sources = sorted(folder.rglob("*.cu"))
-        if only_floats:
-            sources = [source for source in sources if leave_floats(source)]
+        sources = [path for path in sorted(folder.rglob(files)) if path.suffix == ".cu"]
         if not sources:
-            raise RuntimeError(f"found no .cu file below {tree / 'csrc'}; need a source tree")
+            raise RuntimeError(
+                f"found no .cu file {files} below {tree / 'csrc'}; need a source tree"
+            )
+        for path in [] if full else folder.rglob("*.cu*"):
+            path.write_text(leave_few(path.read_text()))
         # The CPU build of torch leaves out a header that holds no declaration.
         stub = Path(scratch) / "c10/cuda/impl/cuda_cmake_macros.h"
         stub.parent.mkdir(parents=True)
@@ -140,7 +157,7 @@ def compile_tree(
             return parse(source.name, done.stderr)
 
         jobs = [(source, arch) for source in sources for arch in archs]
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             results = list(pool.map(compile_one, jobs))
     uses: dict[str, dict[Kernel, Use]] = {arch: {} for arch in archs}
     for (_, arch), kernels in zip(jobs, results, strict=True):
@@ -218,12 +235,19 @@ def main() -> int:
         "trees", nargs="+", type=Path, help="before and after; one: only compile it"
     )
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"])
+    parser.add_argument("--files", default="*.cu", help="a pattern of the files' names: '*fp32*'")
+    parser.add_argument("--full", action="store_true", help="all types and sizes of one tree")
     options = parser.parse_args()
     if len(options.trees) > 2:
         parser.error(f"found {len(options.trees)} trees; need one or two")
     try:
         uses = [
-            compile_tree(tree, options.arch, only_floats=len(options.trees) == 1)
+            compile_tree(
+                tree,
+                options.arch,
+                files=options.files,
+                full=options.full or len(options.trees) == 2,
+            )
             for tree in options.trees
         ]
     except RuntimeError as error:

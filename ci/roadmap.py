@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, patch
 
+from ci import behaviour
+
 
 @dataclass(frozen=True)
 class Item:
@@ -29,21 +31,28 @@ class Item:
     probe: Callable[[Path], bool]
 
 
-def function(tree: Path, file: str, name: str) -> ast.FunctionDef:
-    """The function `name`, or the method `Class.name`, in a file of the sources."""
+def functions(tree: Path, file: str, name: str) -> list[ast.FunctionDef]:
+    """The function `name`, or the method `Class.name`, and its overloads, in a file."""
     body: list[ast.stmt] = ast.parse((tree / file).read_text()).body
     *classes, last = name.split(".")
     for wanted in classes:
         body = next(n.body for n in body if isinstance(n, ast.ClassDef) and n.name == wanted)
-    return next(n for n in body if isinstance(n, ast.FunctionDef) and n.name == last)
+    return [n for n in body if isinstance(n, ast.FunctionDef) and n.name == last]
+
+
+def function(tree: Path, file: str, name: str) -> ast.FunctionDef:
+    """The function itself, which comes after its overloads."""
+    return functions(tree, file, name)[-1]
 
 
 def takes(file: str, name: str, *parameters: str) -> Callable[[Path], bool]:
-    """A probe: the function has these parameters."""
+    """A probe: the function, and each overload of it, has these parameters."""
 
     def probe(tree: Path) -> bool:
-        found = function(tree, file, name).args
-        return set(parameters) <= {arg.arg for arg in [*found.args, *found.kwonlyargs]}
+        return all(
+            set(parameters) <= {arg.arg for arg in [*found.args.args, *found.args.kwonlyargs]}
+            for found in functions(tree, file, name)
+        )
 
     return probe
 
@@ -84,11 +93,40 @@ def _any_sequence_id(tree: Path) -> bool:
 def _continues(tree: Path) -> bool:
     """Mamba2.forward hands a cached call to `step`, for one token, only if it has one token."""
     forward = function(tree, "mamba_ssm/modules/mamba2.py", "Mamba2.forward")
-    ifs = [node for node in ast.walk(forward) if isinstance(node, ast.If)]
-    around = [node.test for node in ifs if any("self.step(" in ast.unparse(n) for n in node.body)]
-    return any(re.search(r"\bseqlen\b|\.shape\b", ast.unparse(test)) for test in around)
+    around = _conditions(forward, "self.step(")
+    return any(re.search(r"\bseqlen\b|\.shape\b", test) for test in around)
 
 
+def _conditions(function: ast.FunctionDef, call: str) -> list[str]:
+    """The conditions under which a function makes a call."""
+    ifs = [node for node in ast.walk(function) if isinstance(node, ast.If)]
+    return [ast.unparse(i.test) for i in ifs if any(call in ast.unparse(n) for n in i.body)]
+
+
+def _returns(file: str, name: str) -> Callable[[Path], bool]:
+    """A probe: the function returns something."""
+
+    def probe(tree: Path) -> bool:
+        found = [n for n in ast.walk(function(tree, file, name)) if isinstance(n, ast.Return)]
+        return any(node.value and ast.unparse(node.value) != "None" for node in found)
+
+    return probe
+
+
+def behaves(library: str, title: str) -> Item:
+    """An item that is probed by running the sources."""
+    return Item(library, title, lambda tree: behaviour.of(library, tree)[title])
+
+
+def _fused_in_inference(tree: Path) -> bool:
+    """Mamba2Mixer calls the fused op whether it trains or not."""
+    around = _conditions(function(tree, MAMBA2, "Mamba2Mixer.forward"), f"{FUSED_HF}(")
+    return not any("self.training" in test for test in around)
+
+
+MAMBA2 = "src/transformers/models/mamba2/modeling_mamba2.py"
+CHUNK_SIZE = "vertical_chunk_size"
+FUSED_HF = "mamba2_split_conv1d_scan_combined"
 SSD = "mamba_ssm/ops/triton/ssd_combined.py"
 FUSED = "mamba_split_conv1d_scan_combined"
 SCAN = "mamba_ssm/ops/selective_scan_interface.py"
@@ -104,5 +142,41 @@ ITEMS = [
         "mamba-ssm",
         "selective_scan_fn(initial_states=)",
         takes(SCAN, "selective_scan_fn", "initial_states"),
+    ),
+    Item("transformers", "fused op in inference, with a cache", _fused_in_inference),
+    Item("transformers", "fused op in plain torch", _returns(MAMBA2, FUSED_HF)),
+    *(
+        behaves("transformers", title)
+        for title in (
+            "padding in chunks of one token",
+            "time step clamped in chunks of one token",
+            "left padding where projections have a bias",
+            "Mamba-1 continues from a cached state",
+            "bamba continues at the right positions",
+            "minimax continues from its cache",
+            "recurrent_gemma continues from its cache",
+            "rwkv: one token at a time, and padding",
+            "xlstm: padding, and rows that end",
+        )
+    ),
+    *(
+        behaves("sentence-transformers", title)
+        for title in (
+            "encode(vertical_chunk_size=)",
+            "pooling on a stream of chunks",
+            "a default stored with the model",
+        )
+    ),
+    *(
+        Item(
+            "sentence-transformers",
+            f"{name}.{method}(vertical_chunk_size=)",
+            takes(f"sentence_transformers/{folder}/model.py", f"{name}.{method}", CHUNK_SIZE),
+        )
+        for folder, name, method in (
+            ("sparse_encoder", "SparseEncoder", "encode"),
+            ("multi_vector_encoder", "MultiVectorEncoder", "encode"),
+            ("cross_encoder", "CrossEncoder", "predict"),
+        )
     ),
 ]

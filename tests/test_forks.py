@@ -4,13 +4,17 @@ import hashlib
 import io
 import re
 import shutil
+import subprocess
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from textwrap import dedent
 
 import pytest
+import test_released
 
-from ci import forks, roadmap
-from ci.forks import __main__, _tree
+import compat
+from ci import behaviour, forks, roadmap
+from ci.forks import __main__, _commands, _release, _tree
 
 LINES = [f"line {n}" for n in range(30)]
 RELEASE = {
@@ -43,10 +47,10 @@ PARTS = ["Why", "API", "Verified", "Not verified", "Upstream", "Unneeded when"]
 BODY = "\n".join(f"{part}: because of it." for part in PARTS)
 
 
-def make_sdist(path, files=RELEASE):
+def make_sdist(path, files=RELEASE, version="1.0"):
     with tarfile.open(path, "w:gz") as release:
         for name, content in files.items():
-            member = tarfile.TarInfo(f"tiny_lib-1.0/{name}")
+            member = tarfile.TarInfo(f"tiny_lib-{version}/{name}")
             member.size = len(content)
             release.addfile(member, io.BytesIO(content))
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -370,7 +374,7 @@ def overlay(root):
     (root / "compat").mkdir()
     (root / "compat" / "_pooling.py").write_text("pooling = 1\n")
     sha256 = hashlib.sha256((root / "forks/tiny/tiny_lib-1.0.tar.gz").read_bytes()).hexdigest()
-    pin(root, sha256, 'overlays = [{ from = "compat/_pooling.py", to = "tiny/sub/pooling.py" }]\n')
+    pin(root, sha256, '[overlays]\n"compat/_pooling.py" = "tiny/sub/pooling.py"\n')
     return root / "compat" / "_pooling.py"
 
 
@@ -383,7 +387,10 @@ def test_an_overlay_is_in_the_tree_and_in_no_patch(root, tree, overlay):
     assert not (forks.stock("tiny", root) / "tiny" / "sub").exists()
 
     overlay.write_text("pooling = 2\n")
+    (problem,) = forks.check("tiny", root)
+    assert "other files than fork.toml says now (tiny/sub/pooling.py); run sync" in problem
     assert forks.sync("tiny", root)
+    assert forks.check("tiny", root) == []
     assert (tree / "tiny" / "sub" / "pooling.py").read_text() == "pooling = 2\n"
     assert (tree / "tiny" / "core.py").read_text().count("five") == 1
     assert not forks.export("tiny", root)
@@ -391,6 +398,7 @@ def test_an_overlay_is_in_the_tree_and_in_no_patch(root, tree, overlay):
 
 def test_a_patch_leaves_overlays_alone(root, tree, overlay):
     forks.sync("tiny", root)
+    assert _tree.git(tree, "log", "--reverse", "--format=%s").split("\n")[1] == "overlay"
     commit(tree, {"tiny/sub/pooling.py": b"pooling = 3\n"})
     forks.export("tiny", root)
     (problem,) = forks.check("tiny", root)
@@ -424,7 +432,7 @@ def test_stock_is_the_release(root):
     ("more", "said"),
     [
         ("licence = 'MIT'\n", "licence"),
-        ("overlays = [{ source = 'a', to = 'b' }]\n", "source"),
+        ("overlays = ['a']\n", "a table .* is needed"),
         ("name = 'again'\n", r"fork\.toml"),
     ],
 )
@@ -462,6 +470,138 @@ def test_pip_fetches_the_release_and_runs_nothing_of_another(root, tree, tmp_pat
     assert forks.sync("tiny", root)
     assert note.read_text() == "yes"
     assert sdist.read_bytes() == (index / sdist.name).read_bytes()
+
+
+@pytest.fixture
+def release(root, tmp_path, monkeypatch):
+    """Make an sdist of another release, which pip finds: its version, and lines of core.py."""
+    index = tmp_path / "index"
+    index.mkdir()
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NOTE", str(tmp_path / "note"))
+
+    def make(version, lines, more=()):
+        files = RELEASE | {"tiny/core.py": "".join(f"{line}\n" for line in lines).encode()}
+        for name in ("PKG-INFO", "backend.py"):
+            files[name] = files[name].replace(b"1.0", version.encode())
+        make_sdist(index / f"tiny_lib-{version}.tar.gz", files | dict(more), version)
+
+    return make
+
+
+def everything(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+OFFSET = "fits elsewhere (offset 2 lines)"
+
+
+@pytest.mark.parametrize(
+    ("lines", "ten", "five"),
+    [
+        (LINES, ["applies"], ["applies"]),
+        (
+            ["new", "new", *LINES],
+            ["applies with an offset", f"tiny/core.py: hunk 1, @@ -10,3 +10,3 @@, {OFFSET}"],
+            [
+                "applies with an offset",
+                f"tiny/core.py: hunk 1, @@ -5,3 +5,3 @@, {OFFSET}",
+                f"tiny/core.py: hunk 2, @@ -20,3 +20,3 @@, {OFFSET}",
+            ],
+        ),
+        (
+            [*LINES[:10], "10", *LINES[11:]],
+            ["fails", "tiny/core.py: hunk 1, @@ -10,3 +10,3 @@, does not apply"],
+            ["applies"],
+        ),
+        (
+            [*LINES[:10], "ten", *LINES[11:]],
+            [
+                "fails",
+                "is in the release already",
+                "tiny/core.py: hunk 1, @@ -10,3 +10,3 @@, does not apply",
+            ],
+            ["applies"],
+        ),
+    ],
+    ids=["the same", "offset", "conflict", "already"],
+)
+def test_rebase_tries_another_release(root, tree, release, lines, ten, five, capsys):
+    committed(tree)  # Work in the tree is neither used nor lost.
+    before = everything(root)
+    release("2.0", lines)
+    failed = "fails" in ten
+    assert __main__.main(["rebase", "tiny", "2.0"], root) == failed
+    said = ["tiny-lib 2.0, fetched without a hash:"]
+    for name, verdict in {"0001-Say-ten.patch": ten, "0002-Say-five.patch": five}.items():
+        said += [f"{name}: {verdict[0]}", *(f"    {more}" for more in verdict[1:])]
+    said += ["What fails was left out for those after it."] if failed else []
+    assert capsys.readouterr().out.splitlines() == said
+    assert everything(root) == before
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_rebase_lays_overlays(root, release, overlay, there):
+    release("2.0", LINES, {"tiny/sub/pooling.py": b"theirs"} if there else ())
+    fits, text = forks.rebase("tiny", "2.0", root)
+    assert fits is not there
+    said = "overlay tiny/sub/pooling.py is a file of the release." if there else "fits"
+    assert f"compat/_pooling.py: {said}\n" in text
+
+
+def test_rebase_names_what_pip_cannot_find(root, release, capsys):
+    assert __main__.main(["rebase", "tiny", "3.0"], root) == 1
+    assert "could not fetch tiny-lib==3.0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        __main__.main(["rebase", "tiny"], root)
+
+
+def test_one_builds_while_others_wait(root, tree, monkeypatch):
+    shutil.rmtree(tree)
+    shutil.rmtree(tree.with_name("stock"))
+    made = []
+    replace = _release.replace
+
+    def counted(folder, new):
+        made.append(folder.name)
+        replace(folder, new)
+
+    monkeypatch.setattr(_commands, "replace", counted)
+    monkeypatch.setattr(_release, "replace", counted)
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda _: forks.sources("tiny", "patched", root), range(4))
+        assert set(found) == {tree}
+    assert made == ["stock", "tree"]
+
+
+def test_work_that_begins_during_a_build_is_kept(root, tree, monkeypatch):
+    new = patches(root)
+    _tree.git(tree, "reset", "-q", "--hard", "main~1")
+    forks.export("tiny", root)
+    for name, content in new.items():
+        (root / "patches" / "tiny" / name).write_bytes(content)
+    build = _commands.build
+
+    def slow(*arguments):
+        build(*arguments)
+        untracked(tree)
+
+    monkeypatch.setattr(_commands, "build", slow)
+    with pytest.raises(forks.ForkError, match=r"more\.py"):
+        forks.sync("tiny", root)
+    assert (tree / "tiny" / "more.py").exists()
+
+
+def test_a_commit_in_a_new_tree_has_the_author_of_the_patches(root, tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    forks.sync("tiny", root, force=True)
+    (tree / "tiny" / "core.py").write_text("")
+    run = ["git", "-C", str(tree), "commit", "--quiet", "--all", "--message=Say nothing"]
+    subprocess.run(run, check=True)
+    forks.export("tiny", root)
+    (last,) = (text for name, text in patches(root).items() if name.startswith("0003"))
+    assert b"\nFrom: Vertical Chunking <maintainers@vertical-chunking.invalid>\n" in last
 
 
 def test_status_tells_native_patched_and_missing(root, tree, monkeypatch):
@@ -573,6 +713,63 @@ def test_going_on_with_several_tokens_is_probed(tmp_path, test, found):
         """,
     )
     assert probe("Mamba2.forward goes on with several tokens")(tmp_path) == found
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_every_overload_is_probed(tmp_path, found):
+    write(
+        tmp_path / "sentence_transformers/cross_encoder/model.py",
+        f"""
+        class CrossEncoder:
+            @overload
+            def predict(self, inputs, {"vertical_chunk_size=..." if found else ""}): ...
+            def predict(self, inputs, *, vertical_chunk_size=None): ...
+        """,
+    )
+    assert probe("CrossEncoder.predict(vertical_chunk_size=)")(tmp_path) == found
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_the_fused_op_of_transformers_is_probed(tmp_path, found):
+    write(
+        tmp_path / roadmap.MAMBA2,
+        f"""
+        def {roadmap.FUSED_HF}(x):
+            return {"x" if found else "None"}
+
+        class Mamba2Mixer:
+            def forward(self, x, cache):
+                if {"x is not None" if found else "self.training and cache is None"}:
+                    return {roadmap.FUSED_HF}(x)
+        """,
+    )
+    for title in ("fused op in plain torch", "fused op in inference, with a cache"):
+        assert probe(title)(tmp_path) == found
+
+
+def titles(library):
+    return {item.title for item in roadmap.ITEMS if item.library == library}
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_sentence_transformers_is_probed_by_running_it(on):
+    if on:
+        compat.enable_vertical_chunking()
+    found = behaviour.sentence_transformers()
+    assert set(found) <= titles("sentence-transformers")
+    assert set(found.values()) == {on}
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_transformers_is_probed_by_running_its_models(monkeypatch, right):
+    def check(model_type, case):
+        assert right
+
+    monkeypatch.setattr(test_released, "test_released_models_in_chunks", check)
+    monkeypatch.setattr(behaviour, "_bamba_without_positions", lambda: right)
+    found = behaviour.transformers()
+    assert set(found) <= titles("transformers")
+    assert set(found.values()) == {right}
 
 
 @pytest.mark.parametrize("found", [True, False])

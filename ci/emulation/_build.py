@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -110,6 +112,24 @@ def _write(path: Path, text: str) -> None:
         temporary.replace(path)
 
 
+@contextmanager
+def _making(target: Path) -> Iterator[Path | None]:
+    """Where to make a file that other processes may be making too; None if it is there.
+
+    What has been loaded is never replaced: a second load would be another library, with a state of
+    its own.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            yield None
+            return
+        temporary = target.with_suffix(f".{os.getpid()}{target.suffix}")
+        yield temporary
+        temporary.replace(target)
+
+
 def _instantiate(text: str, wanted: list[tuple[str, str]]) -> str:
     """The explicit instantiations of other (input, weight) types become functions that raise."""
 
@@ -142,18 +162,20 @@ def build(
         name: the extension's name for Python.
         csrc: a folder with .cu, .cuh, .cpp and .h files.
         types: (input, weight) C++ types of the instantiations that are built.
-        sanitize: with the address sanitizer and bounds checks.
+        sanitize: with the address sanitizer and bounds checks; needs `sanitizer_environment`.
         replace: file name to the text that stands in for what the file has, for mutants.
 
     Returns:
         The path of the shared object.
 
     Raises:
-        Unavailable: no g++, or no headers of torch.
+        Unavailable: no g++, no headers of torch, no sanitizer.
         ValueError: a source that cannot be rewritten.
         RuntimeError: the compiler's message.
     """
     gxx = compiler()
+    if sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        raise Unavailable("a sanitized build needs a process with sanitizer_environment()")
     include = Path(torch.__file__).parent / "include"
     sources = {
         p.name: p for p in sorted(csrc.iterdir()) if p.suffix in (".cu", ".cuh", ".cpp", ".h")
@@ -191,40 +213,20 @@ def build(
     def compile_one(job: tuple[Path, str, list[str]]) -> None:
         target, text, command = job
         source = target.with_suffix(".cpp")
-        _write(source, text)
-        with source.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may want the same object
-            if not target.exists():
-                temporary = target.with_suffix(f".{os.getpid()}.o")
+        with _making(target) as temporary:
+            if temporary:
+                _write(source, text)
                 _run([*command, str(source), "-o", str(temporary)])
-                temporary.replace(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, jobs))
 
     objects = [str(target) for target, _, _ in jobs]
     library = BUILD / _digest(objects) / f"{name}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        temporary = library.with_suffix(f".{os.getpid()}")
-        lib = Path(torch.__file__).parent / "lib"
-        _run(
-            [
-                gxx,
-                "-shared",
-                *(SANITIZE if sanitize else []),
-                *objects,
-                "-Wl,-Bsymbolic",
-                f"-L{lib}",
-                f"-Wl,-rpath,{lib}",
-                "-ltorch_python",
-                "-ltorch",
-                "-ltorch_cpu",
-                "-lc10",
-                "-ldl",
-                "-o",
-                str(temporary),
-            ]
-        )
-        temporary.replace(library)
+    lib = Path(torch.__file__).parent / "lib"
+    command = [gxx, "-shared", *(SANITIZE if sanitize else []), *objects, "-Wl,-Bsymbolic"]
+    command += [f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch_python", "-ltorch", "-ltorch_cpu"]
+    with _making(library) as temporary:
+        if temporary:
+            _run([*command, "-lc10", "-ldl", "-o", str(temporary)])
     return library

@@ -109,7 +109,7 @@ def extension(
         tree: a mamba-ssm source tree.
         types: (input, weight) types: float, at::Half or at::BFloat16 with float or complex_t.
         sizes: (threads, items) of the blocks.
-        sanitize: with the address sanitizer and bounds checks.
+        sanitize: with the address sanitizer and bounds checks; needs `sanitizer_environment`.
         replace: file name to the text that stands in for what the file has, for mutants.
 
     Returns:

@@ -4,17 +4,19 @@
     python -m ci.forks export [LIBRARY…]   forks/LIBRARY/tree -> patches/LIBRARY
     python -m ci.forks check  [LIBRARY…]   what must hold of the patches that are committed
     python -m ci.forks status [LIBRARY…]   the roadmap: native, patched or missing
+    python -m ci.forks rebase LIBRARY VERSION   which patches would fit another release
 
-`forks/LIBRARY/fork.toml` pins the release. `forks/LIBRARY/stock` has its files, as they are.
-`forks/LIBRARY/tree` is a git repository: the release as tag `base`, new files of this repository
-that the patches need as tag `overlay`, and on branch `main` one commit for each patch. Patches are
-written as commits there; sync and export are exact inverses.
+`forks/LIBRARY/fork.toml` pins the release, and names overlays: files of this repository that the
+fork takes as its own. `forks/LIBRARY/stock` has the release's files, as they are.
+`forks/LIBRARY/tree` is a git repository: the release as tag `base`, the overlays as tag `overlay`,
+and on branch `main` one commit for each patch. Patches are written as commits there; sync and
+export are exact inverses.
 
 Where patches do not fit, as after a change of the pin: move patches/LIBRARY away, sync, apply them
 in the tree by `git am --keep`, mend there what does not fit, and export.
 """
 
-from ci.forks._commands import check, export, patched, sources, status, sync
+from ci.forks._commands import check, export, patched, rebase, sources, status, sync
 from ci.forks._release import ROOT, ForkError, libraries, stock
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "export",
     "libraries",
     "patched",
+    "rebase",
     "sources",
     "status",
     "stock",

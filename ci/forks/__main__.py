@@ -1,4 +1,4 @@
-"""The command line: `python -m ci.forks VERB [LIBRARY…]`."""
+"""The command line: `python -m ci.forks VERB [LIBRARY…]`, or `rebase LIBRARY VERSION`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ def main(arguments: list[str] | None = None, root: Path = forks.ROOT) -> int:
         description=forks.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("verb", choices=["sync", "export", "check", "status"])
+    parser.add_argument("verb", choices=["sync", "export", "check", "status", "rebase"])
     parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help="all, if none is named")
     parser.add_argument("--force", action="store_true", help="sync: lose what is not exported")
     options = parser.parse_intermixed_args(arguments)
     libraries = options.libraries or forks.libraries(root)
+    if options.verb == "rebase" and len(options.libraries) != 2:
+        parser.error("rebase takes a library and a version of it")
     problems = []
     try:
         if options.verb == "status":
             print(forks.status(libraries, root))
             return 0
+        if options.verb == "rebase":
+            library, version = libraries
+            fits, text = forks.rebase(library, version, root)
+            print(text)
+            return int(not fits)
         for library in libraries:
             if options.verb == "sync":
                 changed = forks.sync(library, root, force=options.force)

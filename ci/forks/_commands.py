@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import tempfile
 from pathlib import Path
 from typing import Literal
 
 from ci import roadmap
-from ci.forks._release import ROOT, Fork, ForkError, replace, scratch, stock
+from ci.forks._release import (
+    ROOT,
+    Fork,
+    ForkError,
+    download,
+    locked,
+    replace,
+    scratch,
+    stock,
+    unpacked,
+)
 from ci.forks._tree import (
     SYNCED,
+    already,
+    apply,
+    begin,
     build,
+    close_overlays,
     commits,
     committed,
     contents,
     exported,
+    files_below,
     git,
     listed,
+    misfits,
+    overlay,
     start,
     uncommitted,
     unexported,
@@ -31,8 +50,9 @@ def patched(library: str, root: Path = ROOT) -> Path:
     A tree with work that is not exported is returned as it is.
     """
     fork = Fork.read(library, root)
-    if not unexported(fork):
-        sync(library, root)
+    with locked(fork):
+        if not unexported(fork):
+            _sync(fork)
     return fork.tree
 
 
@@ -57,19 +77,32 @@ def sync(library: str, root: Path = ROOT, *, force: bool = False) -> bool:
             its folder, or a tree with work that is not exported. The tree is left as it was.
     """
     fork = Fork.read(library, root)
-    if not force and (work := unexported(fork)):
-        raise ForkError(
-            f"{library}: {fork.tree} has {work}. Needed: all of it in {fork.patches}. Commit it on "
-            f"main and run `python -m ci.forks export {library}`, or lose it with sync --force."
-        )
-    stock(library, root)
+    with locked(fork):
+        return _sync(fork, force=force)
+
+
+def _sync(fork: Fork, *, force: bool = False) -> bool:
+    """What `sync` does, for a caller who has locked the fork."""
+    _keep(fork, force)
+    unpacked(fork)
     with scratch(fork) as folder:
         new = Path(folder, "tree")
         build(fork, listed(fork), new)
         if not force and fork.tree.exists() and contents(new) == contents(fork.tree):
             return False
+        _keep(fork, force)  # That took seconds, in which somebody may have begun to work there.
         replace(fork.tree, new)
     return True
+
+
+def _keep(fork: Fork, force: bool) -> None:
+    """Raise if the tree has work that is not exported, unless that is to be lost."""
+    if not force and (work := unexported(fork)):
+        raise ForkError(
+            f"{fork.library}: {fork.tree} has {work}. Needed: all of it in {fork.patches}. Commit "
+            f"it on main and run `python -m ci.forks export {fork.library}`, or lose it with "
+            "sync --force."
+        )
 
 
 def export(library: str, root: Path = ROOT) -> bool:
@@ -80,6 +113,12 @@ def export(library: str, root: Path = ROOT) -> bool:
             `git am` would not make the same ones again; patches/ is left as it was.
     """
     fork = Fork.read(library, root)
+    with locked(fork):
+        return _export(fork)
+
+
+def _export(fork: Fork) -> bool:
+    library = fork.library
     if not fork.tree.exists():
         raise ForkError(f"{library}: no {fork.tree}; `python -m ci.forks sync {library}` makes it.")
     if work := uncommitted(fork):
@@ -110,7 +149,13 @@ def export(library: str, root: Path = ROOT) -> bool:
 
 def check(library: str, root: Path = ROOT) -> list[str]:
     """All that is wrong with a fork as it is committed; empty if it is right."""
-    fork, problems = Fork.read(library, root), []
+    fork = Fork.read(library, root)
+    with locked(fork):
+        return _check(fork)
+
+
+def _check(fork: Fork) -> list[str]:
+    library, problems = fork.library, []
     if not (fork.folder / "PULL_REQUEST.md").is_file():
         problems.append(f"{library}: no {fork.folder / 'PULL_REQUEST.md'}.")
     with scratch(fork) as folder:
@@ -120,7 +165,7 @@ def check(library: str, root: Path = ROOT) -> list[str]:
             build(fork, patches, tree)
         except ForkError as error:
             return [*problems, str(error)]
-        overlays = {overlay["to"] for overlay in fork.overlays}
+        overlays = set(fork.overlays.values())
         for name, commit in zip(patches, commits(tree), strict=False):
             faults = _message_faults(git(tree, "log", "-1", "--format=%B", commit))
             files = git(tree, "diff", "--name-only", f"{commit}~", commit).splitlines()
@@ -130,6 +175,12 @@ def check(library: str, root: Path = ROOT) -> list[str]:
             ]
             problems += [f"{library}: {name}: {fault}." for fault in faults]
         wanted, found = exported(tree), committed(fork)
+        if fork.tree.exists() and (stale := files_below(tree) ^ files_below(fork.tree)):
+            paths = sorted({line.partition("\t")[2] for line in stale})
+            problems.append(
+                f"{library}: {fork.tree} stands on other files than fork.toml says now "
+                f"({', '.join(paths[:5])}); run sync."
+            )
     problems += [
         f"{library}: {name} is not what export writes; run sync, then export."
         for name in sorted(wanted.keys() | found.keys())
@@ -138,6 +189,41 @@ def check(library: str, root: Path = ROOT) -> list[str]:
     if work := unexported(fork):
         problems.append(f"{library}: {fork.tree} has {work}; commit it and run export.")
     return problems
+
+
+def rebase(library: str, version: str, root: Path = ROOT) -> tuple[bool, str]:
+    """Try overlays and patches on another release, in a temporary folder.
+
+    Args:
+        library: Name of the fork.
+        version: Of the other release, which pip fetches without a hash to hold it to.
+        root: The repository, in which nothing is changed.
+
+    Returns:
+        Whether all of it applies, and a text that says of each file what fits, fits elsewhere, or
+        fails and where.
+    """
+    fork = dataclasses.replace(Fork.read(library, root), version=version)
+    lines, fits = [f"{fork.name} {version}, fetched without a hash:"], True
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "tree")
+        begin(fork, download(fork, Path(folder)), tree)
+        for source, target in fork.overlays.items():
+            fault = overlay(fork, source, target, tree)
+            fits = fits and not fault
+            lines.append(f"{source}: {fault or 'fits'}")
+        close_overlays(fork, tree)
+        for name, patch in listed(fork).items():
+            moved, failed = misfits(tree, patch)
+            if failed and already(tree, patch):
+                failed = ["is in the release already", *failed]
+            failed = failed or apply(tree, patch)
+            fits = fits and not failed
+            verdict = "fails" if failed else "applies with an offset" if moved else "applies"
+            lines += [f"{name}: {verdict}", *(f"    {fault}" for fault in failed or moved)]
+    if not fits:
+        lines.append("What fails was left out for those after it.")
+    return fits, "\n".join(lines)
 
 
 def _message_faults(message: str) -> list[str]:

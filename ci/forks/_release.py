@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -10,6 +11,8 @@ import sys
 import tarfile
 import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +35,7 @@ class Fork:
         sha256: Of the release's sdist, in hex.
         license: SPDX expression.
         environment: Variables that the sdist's metadata step needs.
-        overlays: New files, each {"from": path in this repository, "to": path in the tree}.
+        overlays: New files: path in the tree of each path in this repository.
     """
 
     library: str
@@ -42,7 +45,7 @@ class Fork:
     sha256: str
     license: str
     environment: dict[str, str] = field(default_factory=dict)
-    overlays: list[dict[str, str]] = field(default_factory=list)
+    overlays: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, library: str, root: Path = ROOT) -> Fork:
@@ -56,9 +59,10 @@ class Fork:
             raise ForkError(f"{path}: {error}") from error
         if not re.fullmatch("[0-9a-f]{64}", fork.sha256):
             raise ForkError(f"{path}: sha256 is {fork.sha256!r}; 64 hex digits are needed.")
-        for overlay in fork.overlays:
-            if set(overlay) != {"from", "to"}:
-                raise ForkError(f"{path}: an overlay has {sorted(overlay)}; from, to are needed.")
+        if not isinstance(fork.overlays, dict):
+            raise ForkError(
+                f'{path}: overlays are {fork.overlays}; a table of "from" = "to" is needed.'
+            )
         return fork
 
     @property
@@ -87,6 +91,17 @@ def libraries(root: Path = ROOT) -> list[str]:
     return sorted(path.parent.name for path in root.glob("forks/*/fork.toml"))
 
 
+@contextmanager
+def locked(fork: Fork) -> Iterator[None]:
+    """Let no other process, nor thread, build or export the fork meanwhile."""
+    folder = os.open(fork.folder, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def scratch(fork: Fork) -> tempfile.TemporaryDirectory[str]:
     """A folder for what is not finished, from which it can be renamed into its place."""
     return tempfile.TemporaryDirectory(dir=fork.folder, prefix=".new-")
@@ -102,6 +117,12 @@ def replace(folder: Path, new: Path) -> None:
 def stock(library: str, root: Path = ROOT) -> Path:
     """The release's sources, unpatched; made anew where they are missing or were changed."""
     fork = Fork.read(library, root)
+    with locked(fork):
+        return unpacked(fork)
+
+
+def unpacked(fork: Fork) -> Path:
+    """What `stock` returns, for a caller who has locked the fork."""
     folder = fork.folder / "stock"
     with tarfile.open(fetched(fork)) as release:
         for member in release:
@@ -112,7 +133,7 @@ def stock(library: str, root: Path = ROOT) -> Path:
         else:
             return folder
     with scratch(fork) as new:
-        unpack(fork, Path(new, "stock"))
+        unpack(fork.sdist, Path(new, "stock"))
         replace(folder, Path(new, "stock"))
     return folder
 
@@ -121,22 +142,7 @@ def fetched(fork: Fork) -> Path:
     """The release's sdist, whose hash is right; pip checks it before it runs anything of it."""
     if not fork.sdist.exists():
         with scratch(fork) as new:
-            line = f"{fork.name}=={fork.version} --hash=sha256:{fork.sha256}\n"
-            Path(new, "requirements.txt").write_text(line)
-            command = "-m pip download --no-deps --no-binary :all: --no-build-isolation -q"
-            command += " --disable-pip-version-check --require-hashes -r requirements.txt -d ."
-            run = subprocess.run(
-                [sys.executable, *command.split()],
-                cwd=new,
-                env=os.environ | fork.environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            found = Path(new, fork.sdist.name)
-            if run.returncode or not found.exists():
-                raise ForkError(f"{fork.library}: pip could not fetch {line.strip()}\n{run.stdout}")
-            found.rename(fork.sdist)
+            download(fork, Path(new), f"--hash=sha256:{fork.sha256}").rename(fork.sdist)
     found_hash = hashlib.sha256(fork.sdist.read_bytes()).hexdigest()
     if found_hash != fork.sha256:
         raise ForkError(
@@ -146,10 +152,30 @@ def fetched(fork: Fork) -> Path:
     return fork.sdist
 
 
-def unpack(fork: Fork, folder: Path) -> None:
-    """Make `folder` with the files of the release."""
+def download(fork: Fork, folder: Path, pinned: str = "") -> Path:
+    """Fetch the release's sdist into `folder`, by pip."""
+    line = f"{fork.name}=={fork.version} {pinned}".strip()
+    (folder / "requirements.txt").write_text(line)
+    command = "-m pip download --no-deps --no-binary :all: --no-build-isolation -q"
+    command += " --disable-pip-version-check -r requirements.txt -d ."
+    run = subprocess.run(
+        [sys.executable, *command.split()],
+        cwd=folder,
+        env=os.environ | fork.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    found = folder / fork.sdist.name
+    if run.returncode or not found.exists():
+        raise ForkError(f"{fork.library}: pip could not fetch {line}\n{run.stdout}")
+    return found
+
+
+def unpack(sdist: Path, folder: Path) -> None:
+    """Make `folder` with the files of an sdist."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as new:
-        with tarfile.open(fetched(fork)) as release:
+        with tarfile.open(sdist) as release:
             release.extractall(new, filter="data")
         (top,) = Path(new).iterdir()
         top.rename(folder)

@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from ci.forks._release import Fork, ForkError, unpack
+from ci.forks._release import Fork, ForkError, fetched, unpack
 
 # What a tree's own repository does not track: traces of running it.
 EXCLUDE = "__pycache__/\n.pytest_cache/\n/build/\n*.so\n"
@@ -20,10 +20,10 @@ SYNCED = "refs/forks/synced"
 # Nobody's own settings change a commit or a patch, and no other git command is disturbed.
 ENVIRONMENT = {
     "GIT_AUTHOR_NAME": "Vertical Chunking",
-    "GIT_AUTHOR_EMAIL": "forks@vertical-chunking.invalid",
+    "GIT_AUTHOR_EMAIL": "maintainers@vertical-chunking.invalid",
     "GIT_AUTHOR_DATE": "2000-01-01T00:00:00Z",
     "GIT_COMMITTER_NAME": "Vertical Chunking",
-    "GIT_COMMITTER_EMAIL": "forks@vertical-chunking.invalid",
+    "GIT_COMMITTER_EMAIL": "maintainers@vertical-chunking.invalid",
     "GIT_COMMITTER_DATE": "2000-01-01T00:00:00Z",
     "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_CONFIG_NOSYSTEM": "1",
@@ -37,37 +37,70 @@ FORMAT += ["-U1", "--no-encode-email-headers", "--diff-algorithm=myers"]
 
 def build(fork: Fork, patches: dict[str, bytes], tree: Path) -> None:
     """Make the git repository: release, overlays, one commit for each patch."""
-    unpack(fork, tree)
-    git(tree, "init", "-q", "-b", "main", "--template=")
-    (tree / ".git" / "info").mkdir()
-    (tree / ".git" / "info" / "exclude").write_text(EXCLUDE)
-    git(tree, "add", "--all", "--force")
-    git(tree, "commit", "-q", "-m", f"{fork.name} {fork.version}")
-    git(tree, "tag", "base")
-    for overlay in fork.overlays:
-        source, target = fork.root / overlay["from"], tree / overlay["to"]
-        if target.exists():
-            raise ForkError(f"{fork.library}: overlay {overlay['to']} is a file of the release.")
-        if not source.is_file():
-            raise ForkError(f"{fork.library}: no {source}, of which fork.toml makes an overlay.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-    if fork.overlays:
-        git(tree, "add", "--all", "--force")
-        git(tree, "commit", "-q", "-m", "overlay")
-        git(tree, "tag", "overlay")
+    begin(fork, fetched(fork), tree)
+    for source, target in fork.overlays.items():
+        if fault := overlay(fork, source, target, tree):
+            raise ForkError(f"{fork.library}: {fault}")
+    close_overlays(fork, tree)
     for name, patch in patches.items():
-        dry = _run_git(tree, "apply", "--check", "--verbose", "--whitespace=nowarn", stdin=patch)
-        faults = _apply_faults(patch.decode(errors="replace"), dry.stderr.decode(errors="replace"))
-        if not faults and (run := _run_git(tree, "am", "-q", *AM, stdin=patch)).returncode:
-            faults = [run.stderr.decode(errors="replace").strip()]
-        if faults:
+        moved, failed = misfits(tree, patch)
+        if faults := moved + failed or apply(tree, patch):
             raise ForkError(
                 "\n".join(f"{fork.library}: {name}: {fault}" for fault in faults)
                 + f"\nNeeded: a patch that fits {fork.name} {fork.version} and the patches before "
                 "it line by line. `python -m ci.forks --help` says how to mend it."
             )
     git(tree, "update-ref", SYNCED, "main")
+
+
+def begin(fork: Fork, sdist: Path, tree: Path) -> None:
+    """Make the git repository, with the files of the release as tag `base`."""
+    unpack(sdist, tree)
+    git(tree, "init", "-q", "-b", "main", "--template=")
+    # Patches that are written as commits there have one author, whoever's machine it is.
+    git(tree, "config", "user.name", ENVIRONMENT["GIT_AUTHOR_NAME"])
+    git(tree, "config", "user.email", ENVIRONMENT["GIT_AUTHOR_EMAIL"])
+    (tree / ".git" / "info").mkdir()
+    (tree / ".git" / "info" / "exclude").write_text(EXCLUDE)
+    git(tree, "add", "--all", "--force")
+    git(tree, "commit", "-q", "-m", f"{fork.name} {fork.version}")
+    git(tree, "tag", "base")
+
+
+def overlay(fork: Fork, source: str, target: str, tree: Path) -> str:
+    """Copy a file of this repository into the tree, or say why not."""
+    if (tree / target).exists():
+        return f"overlay {target} is a file of the release."
+    if not (fork.root / source).is_file():
+        return f"no {fork.root / source}, of which fork.toml makes an overlay."
+    (tree / target).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(fork.root / source, tree / target)
+    return ""
+
+
+def close_overlays(fork: Fork, tree: Path) -> None:
+    """Make the overlays, if there are any, the commit on which the patches stand."""
+    if fork.overlays:
+        git(tree, "add", "--all", "--force")
+        git(tree, "commit", "-q", "--allow-empty", "-m", "overlay")
+        git(tree, "tag", "overlay")
+
+
+def misfits(tree: Path, patch: bytes) -> tuple[list[str], list[str]]:
+    """The hunks that fit at other lines than they name, and what does not fit at all."""
+    dry = _run_git(tree, "apply", "--check", "--verbose", "--whitespace=nowarn", stdin=patch)
+    return _faults(patch.decode(errors="replace"), dry.stderr.decode(errors="replace"))
+
+
+def apply(tree: Path, patch: bytes) -> list[str]:
+    """Make a patch a commit; what git says if it cannot."""
+    run = _run_git(tree, "am", "-q", *AM, stdin=patch)
+    return [run.stderr.decode(errors="replace").strip()] if run.returncode else []
+
+
+def already(tree: Path, patch: bytes) -> bool:
+    """Whether the tree has what a patch brings, so that it can be taken back."""
+    return not _run_git(tree, "apply", "--check", "--reverse", stdin=patch).returncode
 
 
 def listed(fork: Fork) -> dict[str, bytes]:
@@ -112,6 +145,11 @@ def commits(tree: Path) -> list[str]:
 def contents(tree: Path) -> tuple[str, dict[str, bytes]]:
     """What makes a tree what it is: the files on which the patches stand, and the patches."""
     return git(tree, "rev-parse", f"{start(tree)}^{{tree}}"), exported(tree)
+
+
+def files_below(tree: Path) -> set[str]:
+    """The files on which the patches stand, as lines of mode, hash and path."""
+    return set(git(tree, "ls-tree", "-r", start(tree)).splitlines())
 
 
 def uncommitted(fork: Fork) -> str:
@@ -163,8 +201,8 @@ def _run_git(tree: Path, *arguments: str, stdin: bytes = b"") -> subprocess.Comp
     )
 
 
-def _apply_faults(patch: str, verbose: str) -> list[str]:
-    """What `git apply --check --verbose` says does not fit exactly, by file and hunk."""
+def _faults(patch: str, verbose: str) -> tuple[list[str], list[str]]:
+    """What `git apply --check --verbose` says fits elsewhere, and not at all, by file and hunk."""
     hunks: list[tuple[str, str]] = []
     file = ""
     for line in patch.splitlines():
@@ -173,17 +211,17 @@ def _apply_faults(patch: str, verbose: str) -> list[str]:
         elif file and (match := re.match(r"@@ .* @@", line)):
             hunks.append((file, match[0]))
 
-    faults = []
+    moved, failed = [], []
     for line in verbose.splitlines():
         if match := re.match(r"Checking patch (.*?)( => .*)?\.\.\.", line):
             file = match[1]
         elif match := re.match(r"Hunk #(\d+) succeeded at \d+ (\(.*\))", line):
             hunk = [hunk for path, hunk in hunks if path == file][int(match[1]) - 1]
-            faults.append(f"{file}: hunk {match[1]}, {hunk}, fits elsewhere {match[2]}")
+            moved.append(f"{file}: hunk {match[1]}, {hunk}, fits elsewhere {match[2]}")
         elif match := re.match(r"error: patch failed: (.*):(\d+)$", line):
             own = enumerate((hunk for path, hunk in hunks if path == match[1]), 1)
             named = [f"hunk {n}, {h}," for n, h in own if re.match(rf"@@ -{match[2]}\b", h)]
-            faults.append(f"{match[1]}: {' or '.join(named)} does not apply")
+            failed.append(f"{match[1]}: {' or '.join(named)} does not apply")
         elif line.startswith("error: ") and not line.endswith(("searching for:", "does not apply")):
-            faults.append(line.removeprefix("error: "))
-    return faults
+            failed.append(line.removeprefix("error: "))
+    return moved, failed

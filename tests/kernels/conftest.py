@@ -1,6 +1,9 @@
 """Emulated kernels for the tests of this folder: built once, skipped where they cannot be."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +34,20 @@ def emulated_conv():
             pytest.skip(str(reason))
 
     return load
+
+
+@pytest.fixture
+def sanitized():
+    """Runs Python code, with arguments, in a process that may build with `sanitize=True`."""
+    try:
+        environment = os.environ | emulation.sanitizer_environment()
+    except emulation.Unavailable as reason:
+        pytest.skip(str(reason))
+    folders = [forks.ROOT, forks.ROOT / "tests", forks.ROOT / "tests" / "kernels"]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, folders))
+
+    def run(code, *arguments):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    return run

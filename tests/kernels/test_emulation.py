@@ -1,10 +1,9 @@
 """The emulation itself: it finds what it says it finds, also in causal-conv1d's kernels."""
 
 import ctypes
-import os
 import re
-import subprocess
-import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -205,6 +204,23 @@ def test_missing_barrier_is_seen(kernels):
 def test_cuda_syntax_that_is_not_understood_is_an_error(line):
     with pytest.raises(ValueError, match=r"there.cu:2: a \w+ that is not understood: '"):
         _build.rewrite(f"// __shared__ and k<<<1>>>()\n{line}\n", Path("there.cu"))
+
+
+def test_what_several_processes_need_is_made_once(tmp_path):
+    target = tmp_path / "folder" / "made.so"
+
+    def make(text):
+        with _build._making(target) as temporary:
+            if temporary:
+                time.sleep(0.1)  # Long enough for the others to look.
+                temporary.write_text(text)
+        return target.read_text()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(make, "abcd"))) == 1
+    with pytest.raises(ValueError, match="fails"), _build._making(tmp_path / "other.so"):
+        raise ValueError("fails")
+    assert not (tmp_path / "other.so").exists()
 
 
 def test_guard_zones():
@@ -417,12 +433,11 @@ def test_mutant_is_caught(faulty, name):
 SANITIZED = """
 import sys
 from pathlib import Path
-sys.path[:0] = sys.argv[1:3]
 import torch
 from test_emulation import run, channel_first, channel_last
 from ci import emulation
 torch.set_num_threads(1)
-conv = emulation.causal_conv1d(Path(sys.argv[3]), sanitize=True, types=[("float", "float")])
+conv = emulation.causal_conv1d(Path(sys.argv[1]), sanitize=True, types=[("float", "float")])
 run(conv, **channel_first(600, "silu"))
 run(conv, **channel_last(150, "silu", ("initial",), ids=True))
 run(conv, **channel_last(150, None, ("initial", "final")))
@@ -432,20 +447,8 @@ run(conv, **channel_last(1, None, ("initial", "final"), dim=8))
 
 
 @pytest.mark.slow
-def test_address_sanitizer_finds_the_read_past_dfinal_states():
-    root = Path(_build.HERE).parents[1]
-    try:
-        environment = os.environ | emulation.sanitizer_environment()
-    except emulation.Unavailable as reason:
-        pytest.skip(str(reason))
-    arguments = [str(root), str(root / "tests/kernels"), str(forks.stock("causal-conv1d"))]
-    done = subprocess.run(
-        [sys.executable, "-c", SANITIZED, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_address_sanitizer_finds_the_read_past_dfinal_states(sanitized):
+    done = sanitized(SANITIZED, forks.stock("causal-conv1d"))
     assert "clean so far" in done.stdout, done.stderr
     assert "AddressSanitizer: use-after-poison" in done.stderr
     assert "READ of size 4" in done.stderr

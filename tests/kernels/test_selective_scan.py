@@ -471,3 +471,60 @@ def test_a_fault_is_caught(name):
                     except (AssertionError, RuntimeError):
                         return
     pytest.fail("no test would have seen it")
+
+
+# Reads one element past the end of a row, which nothing that is stored depends on.
+READS = {
+    "the input": (
+        FWD,
+        "u_vals[r], smem_load, params.seqlen",
+        "u_vals[r], smem_load, FAULT + params.seqlen",
+    ),
+    "the output, in the backward": (
+        BWD,
+        "out_vals, smem_load, params.seqlen",
+        "out_vals, smem_load, FAULT + params.seqlen",
+    ),
+}
+
+
+def misreading(**options):
+    """The patched interface with all of `READS`, of which `emulation.mutant` turns one on."""
+    csrc = forks.patched("mamba-ssm") / "csrc" / "selective_scan"
+    texts = {}
+    for number, (file, old, new) in enumerate(READS.values(), 1):
+        text = (csrc / file).read_text()
+        assert text.count(old) == 1, f"found {old!r} {text.count(old)} times in {file}; mend READS"
+        texts[file] = text.replace(old, new.replace("FAULT", f"emulation::mutant({number})"))
+    return _load("patched", sizes=QUICK_SIZES[:1], replace=texts, **options)
+
+
+SANITIZED = """
+import sys
+import torch
+from ci import emulation
+from test_selective_scan import inputs, kernel, misreading, results
+torch.set_num_threads(1)
+scan = kernel(misreading(sanitize=True))
+for seqlen in (1, 100, 127, 128):
+    results(scan, inputs(seqlen))
+results(scan, inputs(100, optional=False, states=False))
+results(scan, inputs(100, groups=1, variable_b=False, variable_c=False), through_state=False)
+print("clean so far", flush=True)
+with emulation.mutant(int(sys.argv[1])):
+    results(scan, inputs(100))
+"""
+
+
+@SLOW
+@pytest.mark.parametrize("name", READS)
+def test_address_sanitizer_finds_a_read_that_changes_nothing(sanitized, name):
+    number, arguments = list(READS).index(name) + 1, inputs(100)
+    scan = kernel(misreading())
+    with emulation.mutant(number):
+        agree(results(scan, arguments), results(selective_scan_oracle, exact(arguments)))
+    done = sanitized(SANITIZED, number)
+    assert "clean so far" in done.stdout, done.stderr
+    assert "AddressSanitizer: use-after-poison" in done.stderr
+    assert "READ of size 4" in done.stderr
+    assert f"in void {READS[name][0].removesuffix('.cuh')}<" in done.stderr

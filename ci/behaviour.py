@@ -1,0 +1,156 @@
+"""What the sources of transformers and sentence-transformers do, for the roadmap.
+
+    python -m ci.behaviour LIBRARY
+
+runs the library that comes first on the path, on the tests' tiny models, in float32, and prints a
+JSON object: each item of the roadmap, and whether it holds. compat's hooks are off.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+# Where a library's package is in its sources.
+PACKAGES = {"transformers": "src", "sentence-transformers": "."}
+
+# What a model does that has not what is asked for: other numbers, or one of many errors.
+NOT_SO = (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+@functools.cache
+def of(library: str, tree: Path) -> dict[str, bool]:
+    """What holds of the sources in `tree`, found in a process of its own."""
+    path = [str(tree / PACKAGES[library]), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    run = subprocess.run(
+        [sys.executable, "-m", "ci.behaviour", library],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, bool] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def holds(check: Callable[[], object]) -> bool:
+    """Whether a check neither raises nor returns False."""
+    try:
+        return check() is not False
+    except NOT_SO:
+        return False
+
+
+def transformers() -> dict[str, bool]:
+    """Chunks through a model's own cache against each row alone in one pass."""
+    released: Any = importlib.import_module("test_released")  # Needs pytest.
+    several, single, drop = released.SEVERAL, released.SINGLE, released.DROP
+    padded, padded_single = released.PADDED, released.PADDED_SINGLE
+    everything = [several, single, drop, padded, padded_single]
+    cases = {
+        "Mamba-1 continues from a cached state": [
+            (name, case)
+            for name in ("mamba", "falcon_mamba", "jamba", "zamba")
+            for case in (several, drop, padded)
+        ],
+        "recurrent_gemma continues from its cache": [("recurrent_gemma", c) for c in everything],
+        "minimax continues from its cache": [("minimax", c) for c in (several, drop, padded)],
+        "rwkv: one token at a time, and padding": [
+            ("rwkv", case) for case in (single, padded, padded_single)
+        ],
+        "xlstm: padding, and rows that end": [("xlstm", c) for c in (drop, padded, padded_single)],
+        "padding in chunks of one token": [
+            (name, padded_single) for name in ("mamba2", "falcon_h1", "qwen3_next", "lfm2")
+        ],
+        "time step clamped in chunks of one token": [
+            ("mamba2", released.LIMIT),
+            ("nemotron_h", single),
+            ("zamba2", single),
+        ],
+        "left padding where projections have a bias": [
+            (name, released.PADDED_BIAS) for name in ("mamba", "mamba2", "falcon_h1", "lfm2")
+        ],
+    }
+    check = released.test_released_models_in_chunks
+    found = {
+        title: all(holds(functools.partial(check, *case)) for case in own)
+        for title, own in cases.items()
+    }
+    return found | {"bamba continues at the right positions": holds(_bamba_without_positions)}
+
+
+def _bamba_without_positions() -> bool:
+    import torch
+
+    families: Any = importlib.import_module("families")
+    right: float = importlib.import_module("tolerances").CHUNKED[torch.float32]
+    model, ids = families.tiny_model("bamba"), families.tokens(2, 16)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).last_hidden_state
+        state = model(ids[:, :9], use_cache=True).past_key_values
+        rest = model(ids[:, 9:], past_key_values=state, use_cache=True).last_hidden_state
+    return bool((rest - whole[:, 9:]).abs().max() <= right)
+
+
+def sentence_transformers() -> dict[str, bool]:
+    """A text of 40 tokens in chunks of 8, on a tiny Mamba2 with mean pooling."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    embedders: Any = importlib.import_module("embedders")
+    right: float = importlib.import_module("tolerances").CHUNKED[torch.float32]
+    text = embedders.text(40)
+    with tempfile.TemporaryDirectory() as folder:
+        model = embedders.embedder(embedders.save_checkpoint(Path(folder, "mamba2")))
+        whole = model.encode(text, convert_to_tensor=True)
+
+        def chunked(model: SentenceTransformer, method: str = "encode", **options: Any) -> bool:
+            widths = embedders.record_widths(model)
+            found = getattr(model, method)(text, convert_to_tensor=True, **options)
+            return max(widths) <= 8 and bool((found - whole).abs().max() <= right)
+
+        def streamed() -> bool:
+            seen: list[Any] = []
+            model[1].register_forward_pre_hook(
+                lambda _, args: seen.append(args[0].get("token_embeddings"))
+            )
+            model.encode(text, vertical_chunk_size=8)
+            return not any(isinstance(tokens, torch.Tensor) for tokens in seen)
+
+        def stored() -> bool:
+            model.vertical_chunk_size = 8
+            model.save_pretrained(str(Path(folder, "stored")))
+            return chunked(SentenceTransformer(str(Path(folder, "stored")), device="cpu"))
+
+        return {
+            "encode(vertical_chunk_size=)": all(
+                holds(functools.partial(chunked, model, method, vertical_chunk_size=8))
+                for method in ("encode", "encode_query", "encode_document")
+            ),
+            "pooling on a stream of chunks": holds(streamed),
+            "a default stored with the model": holds(stored),
+        }
+
+
+def main(library: str) -> None:
+    """Print what holds of the library that can be imported."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    sys.path.append(str(ROOT / "tests"))
+    checks = {"transformers": transformers, "sentence-transformers": sentence_transformers}
+    print(json.dumps(checks[library]()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
