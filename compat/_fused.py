@@ -1,10 +1,13 @@
-"""Mamba2 on a GPU: a chunk from the cache through the kernels of causal-conv1d and mamba-ssm.
+"""Mamba2's fused path: on a GPU the kernels of causal-conv1d and mamba-ssm, on a CPU `compat.ops`.
 
 As of transformers 5.23.0 a mixer that continues from its cache copies the convolution's state and
 the whole chunk into a new tensor for the convolution, and does the gated norm in plain torch, in
 float32. Here the convolution is given its initial state as one, and the norm is a kernel too. The
-numbers are the same but for one rounding less, that of the normed values before the norm's weight.
-On a CPU, and where something is not known to be exact, the released forward runs.
+numbers are the same but for a rounding less: that of the normed values before the norm's weight,
+and on a CPU those of dt, of the convolution and of its SiLU.
+
+A chunk from the cache takes it; on a CPU, while `full_passes` is on, so does a pass without a
+cache. Where something is not known to be exact, the released forward runs.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import functools
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable
-from contextvars import ContextVar
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -23,8 +27,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compat import _mamba, ops
 from compat._family import Family
-from compat._patches import Held, Patch
+from compat._patches import Held, Patch, Patches
+from compat.ops import mamba2
+from compat.ops._where import in_chunk, is_in_chunk, replace_released
 
 # The model types, and the class of their mixers, in transformers.models.
 MIXERS = {
@@ -41,13 +48,13 @@ _NORM_FORWARD = "2ed3aa30edfb36e2"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NORM_BYTES = 65536  # A group of channels must fit into one block of the norm's kernel.
 
-Run = Callable[[Any, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+Run = Callable[..., tuple[Tensor, Tensor]]
 """A mixer, its projected inputs (batch, seqlen, channels), the convolution's state (batch,
 conv_dim, width - 1) and the SSM state, or None for both; gives the gated and normed outputs
 (batch, seqlen, intermediate_size) and the SSM state after them."""
 
-# What the mixers run on while one of our chunks goes through.
-_running: ContextVar[Run | None] = ContextVar("compat_fused_running", default=None)
+# Whether a pass without a cache is served too, on a CPU.
+_full_passes = False
 
 
 @dataclass(frozen=True)
@@ -64,22 +71,16 @@ class FusedPath:
 
 
 class Mamba2(Family):
-    """Models of Mamba2 mixers, which are patched while a chunk goes through on a GPU."""
+    """Models of Mamba2 mixers, which are patched while a chunk goes through."""
 
     def forward(
         self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
     ) -> tuple[Tensor, Any]:
         """Run one chunk; see `Family.forward`."""
-        on_kernels = _has_kernels(input_ids) and not torch.is_grad_enabled()
-        run = probe().run if on_kernels else None
-        if run is None:
+        if torch.is_grad_enabled():
             return super().forward(backbone, input_ids, start, state)
-        with PATCHED[backbone.config.model_type]:
-            token = _running.set(run)
-            try:
-                return super().forward(backbone, input_ids, start, state)
-            finally:
-                _running.reset(token)
+        with PATCHED[backbone.config.model_type], in_chunk():
+            return super().forward(backbone, input_ids, start, state)
 
 
 def _has_kernels(tensor: Tensor) -> bool:
@@ -111,14 +112,23 @@ def probe() -> FusedPath:
 
 
 def describe() -> str:
-    """The fused path in one line: what it is made of and serves, or why it is not used."""
+    """The fused path on a GPU in one line: what it is made of and serves, or why it is not used."""
     path = probe()
-    if path.run is None:
-        return path.reason
+    return _served(path.reason) if path.run else path.reason
+
+
+def describe_on_cpu() -> str:
+    """The same of the path on a CPU."""
+    if ops.backend() == "released":
+        return "not used, as transformers' own path was chosen"
+    return _served(ops.describe(), *_mamba.MIXERS, "rwkv")
+
+
+def _served(reason: str, *others: str) -> str:
     known = [name for name in MIXERS if PATCHED[name].patched or plan(name)]
     if not known:
         return f"not used, as {_named('transformers')} has other Mamba2 mixers than 5.23"
-    return f"{path.reason}; for {', '.join(known)}"
+    return f"{reason}; for {', '.join(sorted([*known, *others]))}"
 
 
 def _import(distribution: str, name: str) -> Any:
@@ -170,6 +180,17 @@ def plan(model_type: str) -> list[Patch]:
 PATCHED = {model_type: Held(functools.partial(plan, model_type)) for model_type in MIXERS}
 
 
+@contextmanager
+def full_passes() -> Iterator[None]:
+    """Serve passes without a cache too, on a CPU and without gradients, in any thread."""
+    with ExitStack() as stack:
+        for held in PATCHED.values():
+            stack.enter_context(held)
+        switch = Patches([(sys.modules[__name__], "_full_passes", True)])
+        stack.callback(switch.undo)
+        yield
+
+
 @functools.cache
 def _fingerprint(function: Any) -> str | None:
     """A hash of the text of a function and of all that it wraps; None where there is no text."""
@@ -193,35 +214,81 @@ def _with_fused_path(forward: Callable[..., Any]) -> Callable[..., Any]:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        run = _running.get()
-        plain = cache_params is not None and attention_mask is None
-        if run is None or not plain or not _is_exact(self, hidden_states):
+        if torch.compiler.is_compiling():
+            return forward(self, hidden_states, cache_params, attention_mask, **kwargs)
+        run = _run_for(self, hidden_states, cache_params, attention_mask, kwargs)
+        if run is None:
             return forward(self, hidden_states, cache_params, attention_mask, **kwargs)
         return _continue(run, self, hidden_states, cache_params)
 
     return mixer_forward
 
 
+def _run_for(
+    mixer: Any,
+    hidden_states: Tensor,
+    cache: Any,
+    attention_mask: Tensor | None,
+    others: dict[str, Any],
+) -> Run | None:
+    """What a mixer runs on with these arguments; None for its own forward."""
+    on_ops = replace_released(hidden_states)
+    if is_in_chunk() and cache is not None and attention_mask is None:
+        run = probe().run if _suits_kernels(mixer, hidden_states) else None
+        run = run or (_portable if on_ops else None)
+    elif _full_passes and on_ops and cache is None and others.get("seq_idx") is None:
+        run = _portable
+        if attention_mask is not None:
+            seq_idx = _seq_idx(mixer, attention_mask)
+            run = None if seq_idx is None else functools.partial(_portable, seq_idx=seq_idx)
+    else:
+        run = None
+    return run if run and _is_exact(mixer, hidden_states) else None
+
+
+def _seq_idx(mixer: Any, attention_mask: Tensor) -> Tensor | None:
+    """Zeros at tokens and -1 at padding, int32 (batch, seqlen), where that is the same thing.
+
+    It is not between tokens, where the state goes on; and a projection that has a bias, or is more
+    than a projection, gives the released convolution inputs at padding.
+    """
+    projection = mixer.in_proj
+    plain = type(projection) is nn.Linear and projection.bias is None and _is_bare(projection)
+    if attention_mask.dim() != 2 or not plain:
+        return None
+    real = attention_mask.bool()
+    begins = real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]
+    return real.int() - 1 if int(begins.sum(1).max()) <= 1 else None
+
+
 def _is_exact(mixer: Any, hidden_states: Tensor) -> bool:
-    """Whether the kernels do all that the mixer's own forward does with these inputs."""
+    """Whether the fused path does all that the mixer's own forward does with these inputs."""
     norm = mixer.norm
     return (
-        _has_kernels(hidden_states)
-        and hidden_states.dtype in _DTYPES
+        hidden_states.dtype in _DTYPES
         and not torch.is_autocast_enabled(hidden_states.device.type)
         and hidden_states.shape[1] > 1
         and mixer.activation in ("silu", "swish")
-        and 2 <= mixer.conv_kernel_size <= 4
-        # The convolution reads 8 channels at a time, and its first one lies behind the gate's.
-        and mixer.conv_dim % 8 == 0
-        and mixer.intermediate_size % 8 == 0
-        and norm.group_size * mixer.n_groups == mixer.intermediate_size
-        and norm.group_size * hidden_states.element_size() <= _NORM_BYTES
+        and mixer.conv_kernel_size >= 2
         and _fingerprint(type(norm).forward) == _NORM_FORWARD
+        and norm.group_size * mixer.n_groups == mixer.intermediate_size
         and _is_bare(norm)
         and _is_bare(mixer.conv1d)
         # Kernels of the hub, which somebody has asked for.
         and not any("forward" in vars(f) for f in getattr(mixer, "_kernel_funcs", {}).values())
+    )
+
+
+def _suits_kernels(mixer: Any, hidden_states: Tensor) -> bool:
+    """Whether the kernels on a GPU take what the mixer has."""
+    return (
+        _has_kernels(hidden_states)
+        and not torch.is_grad_enabled()
+        and mixer.conv_kernel_size <= 4
+        # The convolution reads 8 channels at a time, and its first one lies behind the gate's.
+        and mixer.conv_dim % 8 == 0
+        and mixer.intermediate_size % 8 == 0
+        and mixer.norm.group_size * hidden_states.element_size() <= _NORM_BYTES
     )
 
 
@@ -233,6 +300,8 @@ def _is_bare(module: nn.Module) -> bool:
 
 def _continue(run: Run, mixer: Any, hidden_states: Tensor, cache: Any) -> Any:
     """A mixer's forward from its states in the cache, and the states after it into the cache."""
+    if cache is None:
+        return mixer.out_proj(run(mixer, mixer.in_proj(hidden_states), None, None)[0])
     layer, width = mixer.layer_idx, mixer.conv_kernel_size
     conv_state = cache.get_conv_state(layer)
     if conv_state is not None:
@@ -259,6 +328,7 @@ def _whole(
     projected: Tensor,
     conv_state: Tensor | None,
     ssm_state: Tensor | None,
+    **rows: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One call of mamba-ssm's op, where it takes a conv state; without out_proj, a module."""
     output, final = op(
@@ -279,8 +349,12 @@ def _whole(
         headdim=mixer.head_dim,
         ngroups=mixer.n_groups,
         norm_before_gate=False,
+        **rows,
     )
     return output, final
+
+
+_portable: Run = functools.partial(_whole, mamba2.mamba_split_conv1d_scan_combined)
 
 
 def _composed(

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from compat import _fused, _sentence_transformers, _transformers
+from compat._errors import UnsupportedVersionError
 from compat._families import family_patches
 from compat._patches import Patches
 
@@ -40,15 +41,18 @@ class LibraryStatus:
 
 @dataclass(frozen=True)
 class Report:
-    """The status of each library, and of the kernels on a GPU; as a string, a table and a line.
+    """The status of each library, and what models run on; as a string, a table and two lines.
 
     Attributes:
         libraries: What is native, patched or absent, and why.
         fused: What the Mamba2 mixers of a model on a GPU run on, or why on nothing of their own.
+        cpu: What Mamba2, Mamba-1 and RWKV on a CPU run on: the native kernels and how they were
+            built, or plain torch and why.
     """
 
     libraries: tuple[LibraryStatus, ...]
     fused: str
+    cpu: str
 
     def __str__(self) -> str:
         head = ("library", "version", "state", "reason")
@@ -58,7 +62,8 @@ class Report:
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
             for row in rows
         ]
-        return "\n".join([*lines, "", f"fused path of Mamba2 on a GPU: {self.fused}"])
+        runs = [f"fused path of Mamba2 on a GPU: {self.fused}", f"on a CPU: {self.cpu}"]
+        return "\n".join([*lines, "", *runs])
 
 
 def enable_vertical_chunking() -> Report:
@@ -82,6 +87,7 @@ def enable_vertical_chunking() -> Report:
             with ExitStack() as stack:
                 for held in family_patches():
                     stack.enter_context(held)
+                stack.enter_context(_fused.full_passes())
                 _patches = Patches(_sentence_transformers.plan())
                 _models = stack.pop_all()
         return status()
@@ -115,7 +121,7 @@ def vertical_chunking() -> Iterator[Report]:
 def status() -> Report:
     """The state of vertical chunking in each library; changes nothing."""
     libraries = (_transformers_status(), _sentence_transformers_status())
-    return Report(libraries, _fused.describe())
+    return Report(libraries, _fused.describe(), _fused.describe_on_cpu())
 
 
 def _installed(distribution: str) -> str | None:
@@ -147,4 +153,8 @@ def _sentence_transformers_status() -> LibraryStatus:
         reason = "this release has vertical_chunk_size itself"
         return LibraryStatus(name, _installed(name), "native", reason)
     reason = "hooks not installed: call compat.enable_vertical_chunking()"
+    try:
+        _sentence_transformers.plan()
+    except UnsupportedVersionError as error:
+        reason = error.found
     return LibraryStatus(name, _installed(name), "absent", reason)

@@ -7,6 +7,9 @@ is, and what the initial state h_0 adds is put on top:
     y_t += C_t . exp(A sum_{s<=t} dt_s) h_0,    last state += exp(A sum_s dt_s) h_0
 
 with the gate applied to it. That is what a chunk of several tokens lacks in transformers 5.23.0.
+
+On a CPU, where no gradient is recorded, the released scan is a loop over tokens; there the scan of
+`compat.ops.mamba1` takes its place, which begins from the state directly.
 """
 
 from __future__ import annotations
@@ -14,10 +17,11 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +31,8 @@ from transformers import PreTrainedModel
 from compat._errors import UnsupportedVersionError
 from compat._family import Family
 from compat._patches import Held, Patch
+from compat.ops._where import in_chunk, is_in_chunk, replace_released
+from compat.ops.mamba1 import selective_scan_fn
 
 # The model types, and the class whose forward makes the scan, in transformers.models.
 MIXERS = {
@@ -35,9 +41,24 @@ MIXERS = {
     "jamba": "JambaMambaMixer",
     "zamba": "ZambaMambaMixer",
 }
+# What the scan of `compat.ops` takes by name; the others choose among transformers' own scans.
+_ARGUMENTS = ("D", "z", "delta_bias", "delta_softplus", "return_last_state")
 
-# States for the scans of the mixer that is running: one, or one for each head of zamba.
-_initial: ContextVar[Iterator[Tensor] | None] = ContextVar("compat_mamba_initial", default=None)
+
+class _Scans(NamedTuple):
+    """What the scans of the mixer that is running are to do.
+
+    Attributes:
+        states: For each scan, of which zamba has one for each head, where it begins; None for
+            zeros.
+        on_ops: Whether `compat.ops` does them.
+    """
+
+    states: Iterator[Tensor | None]
+    on_ops: bool
+
+
+_scans: ContextVar[_Scans | None] = ContextVar("compat_mamba_scans", default=None)
 
 
 class Mamba(Family):
@@ -47,7 +68,7 @@ class Mamba(Family):
         self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
     ) -> tuple[Tensor, Any]:
         """Run one chunk; see `Family.forward`."""
-        with PATCHED[backbone.config.model_type]:
+        with PATCHED[backbone.config.model_type], in_chunk():
             return super().forward(backbone, input_ids, start, state)
 
 
@@ -60,12 +81,18 @@ def with_initial_state(scan: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(scan)
     def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kw: Any) -> Any:
-        states = _initial.get()
-        if states is None:
+        scans = _scans.get()
+        if scans is None:
+            return scan(x, dt, A, B, C, **kw)
+        state = next(scans.states)
+        if scans.on_ops:
+            known = {name: value for name, value in kw.items() if name in _ARGUMENTS}
+            return selective_scan_fn(x, dt, A, B, C, **known, initial_states=state)
+        if state is None:
             return scan(x, dt, A, B, C, **kw)
         output, last = scan(x, dt, A, B, C, **kw)
         added, decayed = _contribution(
-            next(states), dt, A, C, kw.get("delta_bias"), kw.get("delta_softplus", False)
+            state, dt, A, C, kw.get("delta_bias"), kw.get("delta_softplus", False)
         )
         if (z := kw.get("z")) is not None:
             added = added * silu(z.float())
@@ -114,17 +141,30 @@ def _forward_with_state(forward: Callable[..., Any]) -> Callable[..., Any]:
         state = None
         if cache_params is not None and hidden_states.shape[1] > 1:
             state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
-        if state is None:
+        on_ops = (cache_params is None or is_in_chunk()) and _is_slow(self, hidden_states)
+        if state is None and not on_ops:
             return forward(self, hidden_states, cache_params, *args, **kwargs)
-        # zamba scans head by head: (batch, heads, dim, dstate).
-        states = iter([state.clone()] if state.ndim == 3 else state.clone().unbind(1))
-        token = _initial.set(states)
+        if state is None:
+            states: Iterator[Tensor | None] = itertools.repeat(None)
+        else:  # zamba scans head by head: (batch, heads, dim, dstate).
+            states = iter([state.clone()] if state.ndim == 3 else state.clone().unbind(1))
+        token = _scans.set(_Scans(states, on_ops))
         try:
             return forward(self, hidden_states, cache_params, *args, **kwargs)
         finally:
-            _initial.reset(token)
+            _scans.reset(token)
 
     return mixer_forward
+
+
+def _is_slow(mixer: Any, hidden_states: Tensor) -> bool:
+    """Whether the mixer's own scan would be a loop in torch, without gradients, on a CPU."""
+    return (
+        replace_released(hidden_states)
+        and find_spec("mamba_ssm") is None
+        # Kernels of the hub, which somebody has asked for.
+        and not any("forward" in vars(f) for f in getattr(mixer, "_kernel_funcs", {}).values())
+    )
 
 
 def plan(model_type: str) -> list[Patch]:

@@ -1,5 +1,7 @@
 """What is special to one family, beside the laws that the common suites hold all of them to."""
 
+import contextlib
+import importlib
 import re
 
 import pytest
@@ -15,8 +17,9 @@ from transformers.models.jamba.modeling_jamba import mamba_selective_scan as jam
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan as mamba_scan
 
 import compat
-from compat import _mamba
+from compat import _mamba, ops
 from compat._families import backbone_of
+from compat.ops import _native
 
 FEW = settings().max_examples // 3
 
@@ -109,11 +112,11 @@ def test_a_mamba_scan_begins_from_a_state(scan, dtype, optional, use_softplus, s
     with pytest.MonkeyPatch.context() as patch:
         if scan is kernel:  # Where mamba-ssm is installed, its arithmetic is the kernel's.
             patch.setattr(_mamba, "find_spec", lambda _: object())
-        token = _mamba._initial.set(iter([state]))
+        token = _mamba._scans.set(_mamba._Scans(iter([state]), on_ops=False))
         try:
             found, found_last = _mamba.with_initial_state(scan)(**arguments, return_last_state=True)
         finally:
-            _mamba._initial.reset(token)
+            _mamba._scans.reset(token)
     assert found.dtype == dtype
     assert found_last.dtype == torch.float32
     # Outputs here are sums of up to six products of normal numbers, not of order 1.
@@ -130,6 +133,81 @@ def test_without_a_state_the_scan_is_the_released_one():
 
     assert _mamba.with_initial_state(scan)(1, 2, 3, 4, 5, D=6) == "what it returns"
     assert seen == [((1, 2, 3, 4, 5), {"D": 6})]
+
+
+# The ops of `compat.ops` in place of loops over tokens.
+
+# What the released module's loop is called.
+LOOPS = dict.fromkeys(_mamba.MIXERS, "mamba_selective_scan") | {"rwkv": "rwkv_linear_attention"}
+
+
+@pytest.fixture
+def count_loops(monkeypatch):
+    """How often a model type's released loop over tokens has been called."""
+
+    def watch(model_type):
+        name, calls = LOOPS[model_type], []
+        module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+        loop = getattr(module, name)
+
+        def counted(*args, **kwargs):
+            calls.append(None)
+            return loop(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+        return calls
+
+    return watch
+
+
+@pytest.fixture(params=["torch", "native"])
+def backend(request):
+    if request.param == "native" and _native.library() is None:
+        pytest.skip(_native.reason())
+    with ops.using(request.param):
+        yield
+
+
+@pytest.mark.parametrize("model_type", LOOPS)
+@pytest.mark.usefixtures("backend")
+def test_chunks_and_full_passes_without_gradients_run_on_ops(model_type, count_loops):
+    model, ids = tiny_model(model_type), tokens(2, 33)
+    wanted = in_one_pass(model, ids, use_cache=False)
+    loops = count_loops(model_type)
+    assert error(streamed(model, ids), wanted) <= CHUNKED[torch.float32]
+    with compat.vertical_chunking():
+        found = in_one_pass(model, ids, use_cache=False)
+    assert error(found, wanted) <= CHUNKED[torch.float32]
+    assert not loops
+
+
+@pytest.mark.parametrize("model_type", _mamba.MIXERS)  # rwkv ignores a mask.
+@pytest.mark.usefixtures("backend")
+def test_a_padded_full_pass_on_ops_is_that_of_the_rows_alone(model_type):
+    model, ids = tiny_model(model_type), tokens(2, 33)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = mask[1, 30:] = 0
+    with compat.vertical_chunking():
+        found = in_one_pass(model, ids, attention_mask=mask, use_cache=False)
+    for row in range(2):
+        real = mask[row].bool()
+        wanted = in_one_pass(model, ids[row : row + 1, real], use_cache=False)
+        assert error(found[row, real], wanted[0]) <= CHUNKED[torch.float32]
+
+
+@pytest.mark.parametrize("model_type", LOOPS)
+@pytest.mark.parametrize("where", ["with gradients", "with a cache", "released", "autocast"])
+def test_elsewhere_the_released_loop_runs(model_type, where, count_loops):
+    model, ids, loops = tiny_model(model_type), tokens(2, 20), count_loops(model_type)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(compat.vertical_chunking())
+        stack.enter_context(torch.set_grad_enabled(where == "with gradients"))
+        if where == "released":
+            stack.enter_context(ops.using("released"))
+        if where == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        model(input_ids=ids, use_cache=where == "with a cache")
+    assert loops
 
 
 # The recurrent state is carried in float32.

@@ -1,7 +1,7 @@
 """The fused path of Mamba2: what it is made of, when it is taken, and that its wiring is exact.
 
 Stand-ins in plain torch have the place of the packages, which need a GPU; the kernels themselves
-are run in tests/kernels/test_fused_model.py.
+are run in tests/kernels/test_fused_model.py. What runs on a CPU: tests/test_fused_cpu.py.
 """
 
 import functools
@@ -25,14 +25,21 @@ from transformers.models.mamba2 import modeling_mamba2
 
 import compat
 from ci.interpreter import conv_stand_in
-from compat import _fused
+from compat import _fused, ops
 from compat._families import FAMILIES
+from compat.ops._where import in_chunk, is_in_chunk
 
 cached_model = functools.cache(tiny_model)
 ALL = sorted(_fused.MIXERS)
 for model_type in ALL:
     # At its import a model takes the packages that are there; so it is done before the stand-ins.
     importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+
+
+@pytest.fixture(autouse=True)
+def _own_path_on_a_cpu():
+    with ops.using("released"):
+        yield
 
 
 # Packages.
@@ -126,8 +133,8 @@ def packages(ssd=SSD, conv=CONV, norm=NORM, on_gpu=True):
 
 def report():
     """The line of the status that is about the fused path."""
-    last = str(compat.status()).splitlines()[-1]
-    head, line = last.split(": ", 1)
+    *_, fused, _ = str(compat.status()).splitlines()
+    head, line = fused.split(": ", 1)
     assert head == "fused path of Mamba2 on a GPU"
     assert line == compat.status().fused
     return line
@@ -245,7 +252,7 @@ def in_chunks(model, ids=None, size=10, mask=None):
     return torch.cat([hidden for _, hidden in chunks], 1)
 
 
-def test_a_model_on_a_cpu_is_unaffected_bit_for_bit():
+def test_the_kernels_are_not_given_a_model_on_a_cpu():
     own = in_chunks("mamba2")
     with packages(on_gpu=False) as calls:
         assert torch.equal(in_chunks("mamba2"), own)
@@ -407,12 +414,8 @@ def test_without_a_cache_transformers_own_path_is_taken():
 @contextmanager
 def taken():
     """As while a chunk goes through."""
-    with _fused.PATCHED["mamba2"]:
-        token = _fused._running.set(_fused.probe().run)
-        try:
-            yield
-        finally:
-            _fused._running.reset(token)
+    with _fused.PATCHED["mamba2"], in_chunk():
+        yield
 
 
 def test_calls_of_the_model_by_others_are_left_alone_while_a_chunk_goes_through():
@@ -445,12 +448,12 @@ def test_nothing_is_left_behind(ending):
             cached_model("mamba2"), input_ids=tokens(2, 21), vertical_chunk_size=10
         ):
             assert mixer.forward is before
-            assert _fused._running.get() is None
+            assert not is_in_chunk()
             if ending == "left half way":
                 break
     assert calls
     assert mixer.forward is before
-    assert _fused._running.get() is None
+    assert not is_in_chunk()
 
 
 def _fail(x, dt, A, B, C, chunk_size, D, initial_states, return_final_states, dt_bias, dt_softplus,

@@ -13,12 +13,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from tolerances import CHUNKED
+from tolerances import CHUNKED, COSINE
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.models.mamba2 import modeling_mamba2
 
 import compat
-from compat import _sentence_transformers, _transformers
+from compat import _sentence_transformers, _transformers, ops
 from compat._patches import Patches
 
 HOOKED = (SentenceTransformer, BaseModel, Transformer, Pooling, Dense, Normalize)
@@ -146,10 +146,10 @@ def test_the_report_names_the_installed_versions():
     assert versions["sentence-transformers"] == sentence_transformers.__version__
 
 
-def test_the_report_as_a_string_is_a_table_and_a_line():
+def test_the_report_as_a_string_is_a_table_and_two_lines():
     report = compat.enable_vertical_chunking()
-    table, line = str(report).split("\n\n")
-    assert line == f"fused path of Mamba2 on a GPU: {report.fused}"
+    table, lines = str(report).split("\n\n")
+    assert lines == f"fused path of Mamba2 on a GPU: {report.fused}\non a CPU: {report.cpu}"
     head, *rows = table.splitlines()
     assert head.split() == ["library", "version", "state", "reason"]
     assert len(rows) == len(report.libraries)
@@ -210,10 +210,26 @@ def test_without_a_chunk_size_encode_gives_bit_for_bit_what_it_gave(model, argum
     texts = [text(n) for n in (3, 40, 17)]
     released = model.encode(texts, **arguments)
     compat.enable_vertical_chunking()
-    assert same(model.encode(texts, **arguments), released)
-    # Nor does a chunked call leave anything behind.
-    model.encode(texts, vertical_chunk_size=8)
-    assert same(model.encode(texts, **arguments), released)
+    with ops.using("released"):
+        assert same(model.encode(texts, **arguments), released)
+        # Nor does a chunked call leave anything behind.
+        model.encode(texts, vertical_chunk_size=8)
+        assert same(model.encode(texts, **arguments), released)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_without_a_chunk_size_encode_is_faster_but_gives_the_same(model, backend):
+    texts = [text(n) for n in (3, 40, 17)]
+    released = model.encode(texts, convert_to_tensor=True)
+    compat.enable_vertical_chunking()
+    if backend == "native" and ops.backend() != "native":
+        pytest.skip(compat.status().cpu)
+    with ops.using(backend):
+        found = model.encode(texts, convert_to_tensor=True)
+    assert not torch.equal(found, released)
+    assert (1 - torch.cosine_similarity(found, released)).max() <= COSINE[torch.float32]
+    compat.disable_vertical_chunking()
+    assert torch.equal(model.encode(texts, convert_to_tensor=True), released)
 
 
 def test_models_loaded_before_take_part(model):

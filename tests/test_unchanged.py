@@ -154,8 +154,9 @@ def test_enable_patches_what_is_known_and_disable_puts_the_very_objects_back(rel
     scans = {
         (f"transformers.models.{name}.modeling_{name}", "mamba_selective_scan") for name in MAMBA
     }
-    mixers = {(mixer, "forward") for mixer in MAMBA.values()}
-    assert released() == scans | mixers | {("xLSTMBackend", "forward")}
+    mixers = {(mixer, "forward") for mixer in [*MAMBA.values(), "Mamba2Mixer"]}
+    wkv = ("transformers.models.rwkv.modeling_rwkv", "rwkv_linear_attention")
+    assert released() == scans | mixers | {("xLSTMBackend", "forward"), wkv}
     compat.enable_vertical_chunking()
     compat.disable_vertical_chunking()
     assert released() == set()
