@@ -19,6 +19,10 @@ INTERPRET = {"TRITON_INTERPRET": "1"}
 PYTEST = ["pytest", "-n", "auto", "--dist", "worksteal"]
 # The patched sources of the libraries of kernels, in the order in which they need each other.
 TREES = {library: f"forks/{library}/tree" for library in ["causal-conv1d", "mamba-ssm"]}
+# The patched libraries that need no compat; the tests that hold them to the laws without it.
+NATIVE = ["transformers", "sentence-transformers"]
+_LAWS = "stack laws_model laws_encode bad_input saved_default workers released"
+LAWS = [f"tests/test_{name}.py" for name in _LAWS.split()]
 
 
 def install(session, *groups, extras=""):
@@ -48,7 +52,7 @@ def tests(session):
 @nox.session(default=False)
 def forks(session):
     """Build the forks, check that each series is in order, and print the roadmap."""
-    install(session, "forks")
+    install(session, "tests")  # Some items of the roadmap are probed by running tiny models.
     for verb in ["sync", "check", "status"]:
         session.run("python", "-m", "ci.forks", verb, *session.posargs)
 
@@ -98,6 +102,36 @@ def test_gpu(session):
     session.run("python", "-m", "ci.bench_gpu", *session.posargs, env=OFFLINE)
 
 
+@nox.session(name="test-forks", default=False)
+def test_forks(session):
+    """The laws on the forks of transformers and sentence-transformers, without compat's hooks."""
+    install(session, "tests", extras="[embed]")
+    session.run("python", "-m", "ci.forks", "sync", *NATIVE)
+    scratch = Path(session.create_tmp())
+    for library in NATIVE:
+        copy = scratch / library  # A build in the tree would leave its traces there.
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(f"forks/{library}/tree", copy, ignore=shutil.ignore_patterns(".git"))
+        # The fork has the version of the release that is there.
+        session.install("--force-reinstall", "--no-deps", "--no-build-isolation", f"{copy}")
+    stack = {"VERTICAL_CHUNKING_STACK": "forks"}
+    session.run(*PYTEST, *(session.posargs or LAWS), env=OFFLINE | INTERPRET | stack)
+
+
+@nox.session(name="test-matrix", default=False)
+def test_matrix(session):
+    """compat on older releases of both libraries, and what it says of those that are too old."""
+    install(session, "tests")
+    session.run("python", "-m", "ci.matrix", env=OFFLINE)
+
+
+@nox.session(default=False)
+def downstream(session):
+    """Vertical chunking through libraries that call encode: LangChain, LlamaIndex, Haystack."""
+    install(session, "downstream")
+    session.run("pytest", "tests/downstream", *session.posargs, env=OFFLINE)
+
+
 @nox.session(name="test-fla", default=False)
 def test_fla(session):
     """Models of flash-linear-attention and xlstm, in Triton's interpreter: some minutes."""
@@ -117,6 +151,6 @@ def lint(session):
 
 @nox.session(default=False)
 def bench(session):
-    """Measurements, never part of the tests: peak memory over the length of the text."""
+    """Time and memory, beside released transformers and a transformer; never part of the tests."""
     install(session, "demo")
-    session.run("python", "-m", "ci.bench_memory", *session.posargs, env=OFFLINE)
+    session.run("python", "-m", "ci.bench", *session.posargs, env=OFFLINE)
