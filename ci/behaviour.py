@@ -24,7 +24,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"transformers": "src", "sentence-transformers": "."}
 
 # What a model does that has not what is asked for: other numbers, or one of many errors.
-NOT_SO = (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+NOT_SO = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @functools.cache
@@ -85,7 +93,32 @@ def transformers() -> dict[str, bool]:
         title: all(holds(functools.partial(check, *case)) for case in own)
         for title, own in cases.items()
     }
-    return found | {"bamba continues at the right positions": holds(_bamba_without_positions)}
+    return found | {
+        "fused op in inference, with a cache": holds(functools.partial(_fused, several)),
+        "left padding inside the fused op": holds(functools.partial(_fused, padded))
+        and holds(functools.partial(_fused, released.PADDED_BIAS, use_bias=True)),
+        "bamba continues at the right positions": holds(_bamba_without_positions),
+    }
+
+
+def _fused(case: str, **settings: Any) -> bool:
+    """Mamba2 on the fused op, which is asked for in its config, against itself without."""
+    import torch
+
+    families: Any = importlib.import_module("families")
+    released: Any = importlib.import_module("test_released")
+    right: float = importlib.import_module("tolerances").CHUNKED[torch.float32]
+    how = released.CASES[case]
+    model = families.tiny_model("mamba2", **settings)
+    fused = families.tiny_model("mamba2", use_fused_scan=True, **settings)
+    ids, left = families.tokens(3, sum(how["sizes"])), how.get("left", [0, 0, 0])
+    found = released.in_chunks(fused, ids, **how)
+    with torch.no_grad():
+        errors = [
+            (hidden[n:] - model(row[None, n:], use_cache=False)[0][0]).abs().max()
+            for row, hidden, n in zip(ids, found, left, strict=True)
+        ]
+    return bool(max(errors) <= right)
 
 
 def _bamba_without_positions() -> bool:

@@ -93,24 +93,15 @@ def _any_sequence_id(tree: Path) -> bool:
 def _continues(tree: Path) -> bool:
     """Mamba2.forward hands a cached call to `step`, for one token, only if it has one token."""
     forward = function(tree, "mamba_ssm/modules/mamba2.py", "Mamba2.forward")
-    around = _conditions(forward, "self.step(")
-    return any(re.search(r"\bseqlen\b|\.shape\b", test) for test in around)
+    ifs = [node for node in ast.walk(forward) if isinstance(node, ast.If)]
+    around = [node.test for node in ifs if any("self.step(" in ast.unparse(n) for n in node.body)]
+    return any(re.search(r"\bseqlen\b|\.shape\b", ast.unparse(test)) for test in around)
 
 
-def _conditions(function: ast.FunctionDef, call: str) -> list[str]:
-    """The conditions under which a function makes a call."""
-    ifs = [node for node in ast.walk(function) if isinstance(node, ast.If)]
-    return [ast.unparse(i.test) for i in ifs if any(call in ast.unparse(n) for n in i.body)]
-
-
-def _returns(file: str, name: str) -> Callable[[Path], bool]:
-    """A probe: the function returns something."""
-
-    def probe(tree: Path) -> bool:
-        found = [n for n in ast.walk(function(tree, file, name)) if isinstance(n, ast.Return)]
-        return any(node.value and ast.unparse(node.value) != "None" for node in found)
-
-    return probe
+def _fused_in_torch(tree: Path) -> bool:
+    """transformers has the fused op itself, for where mamba-ssm is not installed."""
+    files = (tree / "src" / "transformers" / "integrations").glob("*.py")
+    return any(f"def {FUSED}(" in file.read_text() for file in files)
 
 
 def behaves(library: str, title: str) -> Item:
@@ -118,17 +109,9 @@ def behaves(library: str, title: str) -> Item:
     return Item(library, title, lambda tree: behaviour.of(library, tree)[title])
 
 
-def _fused_in_inference(tree: Path) -> bool:
-    """Mamba2Mixer calls the fused op whether it trains or not."""
-    around = _conditions(function(tree, MAMBA2, "Mamba2Mixer.forward"), f"{FUSED_HF}(")
-    return not any("self.training" in test for test in around)
-
-
-MAMBA2 = "src/transformers/models/mamba2/modeling_mamba2.py"
-CHUNK_SIZE = "vertical_chunk_size"
-FUSED_HF = "mamba2_split_conv1d_scan_combined"
 SSD = "mamba_ssm/ops/triton/ssd_combined.py"
 FUSED = "mamba_split_conv1d_scan_combined"
+CHUNK_SIZE = "vertical_chunk_size"
 SCAN = "mamba_ssm/ops/selective_scan_interface.py"
 
 ITEMS = [
@@ -143,11 +126,12 @@ ITEMS = [
         "selective_scan_fn(initial_states=)",
         takes(SCAN, "selective_scan_fn", "initial_states"),
     ),
-    Item("transformers", "fused op in inference, with a cache", _fused_in_inference),
-    Item("transformers", "fused op in plain torch", _returns(MAMBA2, FUSED_HF)),
+    Item("transformers", "fused op in plain torch", _fused_in_torch),
     *(
         behaves("transformers", title)
         for title in (
+            "fused op in inference, with a cache",
+            "left padding inside the fused op",
             "padding in chunks of one token",
             "time step clamped in chunks of one token",
             "left padding where projections have a bias",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compat._errors import UnsupportedPipelineError
-from compat._families import backbone_of
+from ._errors import UnsupportedPipelineError
+from ._families import backbone_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -18,13 +19,23 @@ TOKENS = "token_embeddings"
 _IGNORED_FEATURES = frozenset({"input_ids", "attention_mask", "modality", "prompt_length", "task"})
 
 
-def check_inputs(model: SentenceTransformer, inputs: list[Any], prompt: str | None) -> None:
+def check_inputs(
+    model: SentenceTransformer, inputs: list[Any], prompt: str | None, task: str | None
+) -> None:
     """Refuse texts without a token: there is nothing to embed, and no exact answer."""
+    extra = {} if task is None else {"task": task}
     for index, text in enumerate(inputs):
         if isinstance(text, str) and not text.strip():
-            features = model.preprocess([text], prompt=prompt)
+            features = model.preprocess([text], prompt=prompt, **extra)
             if not int(features["attention_mask"].sum()):
                 raise without_token(text, f"Text {index}")
+
+
+def check_tokens(inputs: Sequence[Any], features: Mapping[str, Any]) -> None:
+    """Refuse what else the tokenizer has made no token of, when it has."""
+    for text, mask in zip(inputs, features.get("attention_mask", ()), strict=False):
+        if not mask.any():
+            raise without_token(text)
 
 
 def without_token(text: object, name: str = "A text") -> ValueError:
@@ -43,13 +54,21 @@ def check_modules(model: SentenceTransformer, pooled: bool, task: str | None) ->
         pooled: Whether its sentence embeddings are asked for, or those of its tokens.
         task: "query", "document" or None, by which a Router chooses.
     """
-    first, *rest = _route(list(model.children()), task)
-    _check_transformer(first)
+    first, *rest = route(list(model.children()), task)
+    check_transformer(first)
+    _check_output(first)
+    expansion = getattr(first, "query_expansion", None)
+    if expansion and task == "query" and not expansion["attend"]:
+        raise UnsupportedPipelineError(
+            "query expansion by tokens that the attention mask hides from the model",
+            "tokens that the model reads",
+            "expand queries with attend=True, or encode them without vertical_chunk_size",
+        )
     if pooled:
         _check_until_pooling(rest)
 
 
-def _route(modules: list[Any], task: str | None) -> list[Any]:
+def route(modules: list[Any], task: str | None) -> list[Any]:
     """The modules in the order in which a text meets them, each Router replaced by its route."""
     from sentence_transformers.base.modules import Router
 
@@ -57,21 +76,21 @@ def _route(modules: list[Any], task: str | None) -> list[Any]:
     for module in modules:
         if isinstance(module, Router):
             name = str(module._resolve_route(task=task, modality="text"))
-            met += _route(list(module.sub_modules[name].children()), task)
+            met += route(list(module.sub_modules[name].children()), task)
         else:
             met.append(module)
     return met
 
 
-def _check_transformer(module: Any) -> None:
+def check_transformer(module: Any) -> None:
+    """Refuse a first module that cannot read in chunks, whatever it makes of what it has read."""
     from sentence_transformers.base.modules import Transformer
 
-    remedy = "encode without vertical_chunk_size"
     if not isinstance(module, Transformer) or type(module).forward is not Transformer.forward:
         raise UnsupportedPipelineError(
             f"{type(module).__name__} as the first module",
             "a Transformer with the forward of sentence-transformers itself",
-            remedy,
+            "encode without vertical_chunk_size",
         )
     if module.backend != "torch":
         raise UnsupportedPipelineError(
@@ -80,18 +99,22 @@ def _check_transformer(module: Any) -> None:
             'load the model with backend="torch"',
         )
     backbone, _ = backbone_of(module.model)
-    outputs = module.modality_config.get("text", {}).get("method_output_name")
-    if module.module_output_name != TOKENS or outputs != "last_hidden_state":
-        raise UnsupportedPipelineError(
-            f"a Transformer that puts {outputs!r} into {module.module_output_name!r}",
-            f"one that puts 'last_hidden_state' into {TOKENS!r}",
-            remedy,
-        )
     if getattr(backbone.config, "output_hidden_states", False):
         raise UnsupportedPipelineError(
             "a model with output_hidden_states, which keeps every layer of every token",
             "the last hidden state alone",
             "set model.transformers_model.config.output_hidden_states = False",
+        )
+
+
+def _check_output(module: Any) -> None:
+    """Refuse a Transformer that makes something else than token embeddings."""
+    outputs = module.modality_config.get("text", {}).get("method_output_name")
+    if module.module_output_name != TOKENS or outputs != "last_hidden_state":
+        raise UnsupportedPipelineError(
+            f"a Transformer that puts {outputs!r} into {module.module_output_name!r}",
+            f"one that puts 'last_hidden_state' into {TOKENS!r}",
+            "encode without vertical_chunk_size",
         )
 
 

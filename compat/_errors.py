@@ -1,35 +1,41 @@
-"""The project's exceptions: each says what was found, what is needed, and the remedy."""
+"""The project's exceptions; sentence-transformers' own where it has them, under the same names."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-class VerticalChunkingError(RuntimeError):
-    """Something cannot be done in vertical chunks.
-
-    Args:
-        found: What is there.
-        needed: What would have to be there.
-        remedy: What the reader can do about it.
-    """
-
-    def __init__(self, found: str, needed: str, remedy: str) -> None:
-        # All three go to `args`, so that the exception survives pickling between processes.
-        super().__init__(found, needed, remedy)
-        self.found = found
-        self.needed = needed
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"Found: {self.found}. Needed: {self.needed}. Remedy: {self.remedy}."
+NATIVE = "sentence_transformers.base.vertical_chunks"
 
 
-class UnsupportedVersionError(VerticalChunkingError):
-    """An installed library is not what the hooks expect; nothing was patched."""
+def _home() -> str:
+    """The module that defines them; the library, which takes seconds to import, only if it does."""
+    package, *folders = NATIVE.split(".")
+    spec = find_spec(package)
+    places = (spec.submodule_search_locations if spec else None) or ()
+    native = any(Path(place, *folders, "_errors.py").is_file() for place in places)
+    return f"{NATIVE}._errors" if native else "compat._exceptions"
 
 
-class UnsupportedModelError(VerticalChunkingError):
-    """The model carries no recurrent state from chunk to chunk, or not exactly."""
+if TYPE_CHECKING:
+    from compat._exceptions import (
+        UnsupportedModelError,
+        UnsupportedPipelineError,
+        UnsupportedVersionError,
+        VerticalChunkingError,
+    )
+else:
+    _module = import_module(_home())
+    UnsupportedModelError = _module.UnsupportedModelError
+    UnsupportedPipelineError = _module.UnsupportedPipelineError
+    UnsupportedVersionError = _module.UnsupportedVersionError
+    VerticalChunkingError = _module.VerticalChunkingError
 
-
-class UnsupportedPipelineError(VerticalChunkingError):
-    """A module, backend or setting of a SentenceTransformer cannot work on a stream of chunks."""
+__all__ = [
+    "UnsupportedModelError",
+    "UnsupportedPipelineError",
+    "UnsupportedVersionError",
+    "VerticalChunkingError",
+]

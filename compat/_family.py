@@ -49,5 +49,7 @@ class Family:
 
     def select_rows(self, state: Any, rows: Tensor) -> Any:
         """The state of some rows of the batch; rows is (n,) int64."""
+        if isinstance(state, list):  # Tensors without a cache around them.
+            return [part[rows] for part in state]
         state.reorder_cache(rows)
         return state

@@ -7,7 +7,8 @@ sentence-transformers 6.2.0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -129,3 +130,27 @@ class StreamingPooling:
         else:
             divisor = self._kept
         return total / divisor.to(total.dtype).clamp(min=1e-9)[:, None]
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Stands in for the token embeddings of a batch, which it hands over chunk by chunk, once.
+
+    Attributes:
+        chunks: The chunks, in the order of the text.
+        lengths: (batch,) int64, the number of tokens of each row, padding not counted.
+    """
+
+    chunks: Iterator[Chunk]
+    lengths: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenStream:
+        """Apply a function of single tokens to each chunk's hidden states as it comes."""
+        return replace(self, chunks=(c._replace(hidden=function(c.hidden)) for c in self.chunks))
+
+    def pool(self, modes: Sequence[str], prompt_length: int = 0) -> Tensor:
+        """Read all chunks; see `StreamingPooling` for arguments, result and errors."""
+        pooling = StreamingPooling(modes, self.lengths, prompt_length)
+        for chunk in self.chunks:
+            pooling.update(chunk)
+        return pooling.finalize()

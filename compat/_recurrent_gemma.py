@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from compat._errors import UnsupportedVersionError
 from compat._family import Family
 
 # Two threads must not set the same module's state at once.
@@ -43,7 +45,16 @@ class RecurrentGemma(Family):
             for layer in backbone.layers  # type: ignore[union-attr]
             if hasattr(layer.temporal_block, "rg_lru")
         ]
+        if not any(hasattr(block, "conv1d_state") for block in blocks):
+            return super().forward(backbone, input_ids, start, state)  # The state is in its cache.
         if state is None:
+            if not hasattr(backbone.config, "layer_types"):
+                raise UnsupportedVersionError(
+                    f"transformers {transformers.__version__}: RecurrentGemma's cache takes every "
+                    "layer for an attention layer",
+                    "a release whose RecurrentGemmaConfig has layer_types",
+                    'pip install --upgrade "transformers>=5.23"',
+                )
             zeros = [_zeros(block, len(input_ids)) for block in blocks]
             state = _State(DynamicCache(config=backbone.config), zeros)
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
@@ -62,11 +73,13 @@ class RecurrentGemma(Family):
             state.blocks = [read() for read in after]
         return output.last_hidden_state, state
 
-    def select_rows(self, state: Any, rows: Tensor) -> _State:
+    def select_rows(self, state: Any, rows: Tensor) -> Any:
         """The state of some rows."""
-        state.cache.reorder_cache(rows)
+        if not isinstance(state, _State):
+            return super().select_rows(state, rows)
+        state.cache = super().select_rows(state.cache, rows)
         state.blocks = [(conv[rows], recurrent[rows]) for conv, recurrent in state.blocks]
-        return state  # type: ignore[no-any-return]
+        return state
 
 
 def _zeros(block: Any, batch: int) -> tuple[Tensor, Tensor]:

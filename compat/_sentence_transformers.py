@@ -15,19 +15,19 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from compat import _progress
-from compat._checks import TOKENS, check_features, check_inputs, check_modules, without_token
+from compat._checks import TOKENS, check_features, check_inputs, check_modules, check_tokens
 from compat._chunks import align_left, check_chunk_size, iter_chunks, stream, windows
 from compat._errors import UnsupportedVersionError
 from compat._families import backbone_of
 from compat._patches import Patch
-from compat._pooling import Chunk, StreamingPooling
+from compat._pooling import Chunk, TokenStream
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -91,18 +91,6 @@ class _Run:
 
 _encoding: ContextVar[bool] = ContextVar("compat_encoding", default=False)
 _run: ContextVar[_Run | None] = ContextVar("compat_run", default=None)
-
-
-@dataclass(frozen=True)
-class TokenStream:
-    """What stands in the features in place of the token embeddings of the whole text."""
-
-    chunks: Iterator[Chunk]
-    lengths: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> TokenStream:
-        """Apply a function of single tokens to each chunk's hidden states as it comes."""
-        return replace(self, chunks=(c._replace(hidden=function(c.hidden)) for c in self.chunks))
 
 
 def installed() -> bool:
@@ -286,7 +274,7 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
         pooled = output_value == "sentence_embedding"
         check_modules(self, pooled, kwargs.get("task"))
-        check_inputs(self, inputs, kwargs.get("prompt"))
+        check_inputs(self, inputs, kwargs.get("prompt"), kwargs.get("task"))
         with _progress.opened(sum(map(self._input_length, inputs)), show_progress_bar) as bar:
             token = _run.set(_Run(int(vertical_chunk_size), pooled, bar))
             try:
@@ -303,7 +291,7 @@ def _multi_process(original: Callable[..., Any]) -> Callable[..., Any]:
         if kwargs.get(KEYWORD) is not None:
             # The workers check their shares too, but the indices there say nothing to the caller.
             check_modules(self, kwargs["output_value"] == "sentence_embedding", kwargs.get("task"))
-            check_inputs(self, inputs, kwargs.get("prompt"))
+            check_inputs(self, inputs, kwargs.get("prompt"), kwargs.get("task"))
         return original(self, inputs, **kwargs)
 
     return _multi_process
@@ -315,10 +303,7 @@ def _preprocess(original: Callable[..., Any]) -> Callable[..., Any]:
         features = original(self, inputs, **kwargs)
         if (run := _run.get()) is not None:
             run.chars, run.moved = sum(map(self._input_length, inputs)), 0
-            # Blank texts were refused before any work; what else gives no token shows here.
-            for text, mask in zip(inputs, features.get("attention_mask", ()), strict=False):
-                if not mask.any():
-                    raise without_token(text)
+            check_tokens(inputs, features)
         return features
 
     return preprocess
@@ -379,10 +364,7 @@ def _pooling_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         tokens: TokenStream = features.pop(TOKENS)
         modes = (self.pooling_mode,) if isinstance(self.pooling_mode, str) else self.pooling_mode
         prompt_length = 0 if self.include_prompt else int(features.get("prompt_length", 0))
-        pooling = StreamingPooling(modes, tokens.lengths, prompt_length)
-        for chunk in tokens.chunks:
-            pooling.update(chunk)
-        features["sentence_embedding"] = pooling.finalize()
+        features["sentence_embedding"] = tokens.pool(modes, prompt_length)
         return features
 
     return forward

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 import transformers
 
-from compat._errors import UnsupportedVersionError
+from ._errors import UnsupportedVersionError
 
 
 @cache
@@ -23,9 +23,11 @@ def probe() -> str | None:
         from transformers.cache_utils import Cache, LinearAttentionLayer
         from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
     except ImportError as error:
-        return f"it has no cache for recurrent layers ({error})"
+        return f"it has no cache for recurrent layers (an import from {error.name} failed)"
     if not hasattr(Cache, "reorder_cache") or not hasattr(LinearAttentionLayer, "reorder_cache"):
         return "the rows of its caches cannot be selected (no reorder_cache)"
+    if not hasattr(Cache, "get_recurrent_state"):
+        return "the states in its caches cannot be read (no get_recurrent_state)"
     layer, inputs = LinearAttentionLayer(), torch.arange(6.0).view(1, 1, 6)
     layer.update_conv_state(inputs[..., :4].clone())
     if not torch.equal(layer.update_conv_state(inputs[..., 4:])[..., -6:], inputs):
@@ -45,5 +47,5 @@ def require_support() -> None:
         raise UnsupportedVersionError(
             f"transformers {transformers.__version__}: {reason}",
             "a transformers whose models continue exactly from their cache",
-            'pip install --upgrade "transformers>=5.23"',
+            'pip install --upgrade "transformers>=5.21"',
         )

@@ -1,6 +1,7 @@
 """What all tests share: no network, and a clean state of the hooks."""
 
 import os
+from contextlib import nullcontext
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -8,8 +9,15 @@ import pytest
 import torch
 from embedders import embedder, save_checkpoint
 from hypothesis import settings
+from stack import FORKS
 
 import compat
+import compat.ops
+
+if FORKS:
+    # Where a test turns the hooks on, the libraries are to do it themselves.
+    compat.enable_vertical_chunking = compat.status
+    compat.vertical_chunking = lambda: nullcontext(compat.status())
 
 # The models are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
@@ -17,6 +25,12 @@ torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _the_libraries_own_ops():
+    with compat.ops.using("released") if FORKS else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -730,21 +730,10 @@ def test_every_overload_is_probed(tmp_path, found):
 
 
 @pytest.mark.parametrize("found", [True, False])
-def test_the_fused_op_of_transformers_is_probed(tmp_path, found):
-    write(
-        tmp_path / roadmap.MAMBA2,
-        f"""
-        def {roadmap.FUSED_HF}(x):
-            return {"x" if found else "None"}
-
-        class Mamba2Mixer:
-            def forward(self, x, cache):
-                if {"x is not None" if found else "self.training and cache is None"}:
-                    return {roadmap.FUSED_HF}(x)
-        """,
-    )
-    for title in ("fused op in plain torch", "fused op in inference, with a cache"):
-        assert probe(title)(tmp_path) == found
+def test_the_fused_op_in_torch_is_probed(tmp_path, found):
+    name = roadmap.FUSED if found else "another"
+    write(tmp_path / "src/transformers/integrations/ssd.py", f"def {name}(zxbcdt): ...")
+    assert probe("fused op in plain torch")(tmp_path) == found
 
 
 def titles(library):
@@ -766,7 +755,8 @@ def test_transformers_is_probed_by_running_its_models(monkeypatch, right):
         assert right
 
     monkeypatch.setattr(test_released, "test_released_models_in_chunks", check)
-    monkeypatch.setattr(behaviour, "_bamba_without_positions", lambda: right)
+    for name in ("_bamba_without_positions", "_fused"):
+        monkeypatch.setattr(behaviour, name, lambda *_, **__: right)
     found = behaviour.transformers()
     assert set(found) <= titles("transformers")
     assert set(found.values()) == {right}

@@ -8,11 +8,13 @@ import pytest
 import torch
 from embedders import embedder, record_widths, text
 from sentence_transformers import SentenceTransformer
+from stack import FORKS
 from tolerances import CHUNKED
 
 import compat
 
 TEXTS = [text(20), text(5)]
+released_only = pytest.mark.skipif(FORKS, reason="the forks have no hooks that could be off")
 
 
 def saved_config(folder):
@@ -80,6 +82,7 @@ def test_a_model_without_a_default_is_saved_as_by_the_released_library(model, tm
     assert load(folder).vertical_chunk_size is None
 
 
+@released_only
 def test_the_released_library_loads_a_model_with_a_default_and_gives_the_same(model, tmp_path):
     full = model.encode(TEXTS)
     with compat.vertical_chunking():
@@ -100,6 +103,7 @@ def test_a_default_set_before_the_hooks_is_honoured_with_them(model):
     assert widths == [8, 8, 4]
 
 
+@released_only
 def test_without_hooks_the_default_is_a_plain_attribute_that_does_nothing(model):
     with compat.vertical_chunking():
         model.vertical_chunk_size = 8
@@ -119,6 +123,7 @@ def test_one_models_default_is_not_anothers(model, mamba2_checkpoint):
     assert embedder(mamba2_checkpoint).vertical_chunk_size is None
 
 
+@released_only
 def test_a_broken_default_set_without_hooks_is_refused_when_it_is_used(model):
     model.vertical_chunk_size = "8"
     compat.enable_vertical_chunking()

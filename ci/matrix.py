@@ -1,0 +1,203 @@
+"""What compat can do with which releases: `python -m ci.matrix` prints the README's table.
+
+Each environment is a virtual environment that takes torch and all else from the one that runs
+this, and brings its own transformers and sentence-transformers. In each, every family is read in
+chunks, without padding and with padding on the left, and a text is encoded in chunks; all is held
+against one pass. Exit status 1 where numbers differ or anything but an error of compat is raised;
+where releases that pyproject.toml claims cannot encode; or where the newest refuse any family.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import tomllib
+import venv
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests"
+# transformers and sentence-transformers: the oldest and the newest that are claimed, some between,
+# and some before, which are to be refused with a reason.
+ENVIRONMENTS = [
+    ("5.5.0", "6.2.0"),
+    ("5.18.0", "6.2.0"),
+    ("5.21.0", "6.2.0"),
+    ("5.22.2", "6.1.0"),
+    ("5.23.0", "6.2.0"),
+]
+RIGHT, WRONG, ABSENT = "right", "wrong", "not in this release"
+
+
+def environment(transformers: str, sentence_transformers: str) -> Path:
+    """The interpreter of a virtual environment with these releases; made where it is missing."""
+    folder = Path(sys.prefix, "matrix", f"{transformers}-{sentence_transformers}")
+    python, ready = folder / "bin" / "python", folder / "ready"
+    if not ready.exists():
+        venv.create(folder, clear=True, with_pip=True, symlinks=True)
+        (own,) = folder.glob("lib/*/site-packages")
+        base = sysconfig.get_path("purelib")
+        (own / "base.pth").write_text(f"import site; site.addsitedir({base!r})\n")
+        command = "-m pip install --quiet --disable-pip-version-check --no-warn-conflicts"
+        releases = [
+            f"transformers=={transformers}",
+            f"sentence-transformers=={sentence_transformers}",
+            f"torch=={version('torch').partition('+')[0]}",
+        ]
+        subprocess.run([python, *command.split(), *releases], check=True)
+        ready.touch()
+    return python
+
+
+def inside() -> dict[str, Any]:
+    """What holds in this environment: the report, each family, and encode."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    import compat
+    from compat._families import FAMILIES
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".* has attention layers")
+    sys.path.append(str(TESTS))
+    status = compat.status()
+    return {
+        "versions": [library.version for library in status.libraries],
+        "reasons": {library.library: library.reason for library in status.libraries},
+        "models": {n: model(n) if n in CONFIG_MAPPING else ABSENT for n in sorted(FAMILIES)},
+        "encode": encode(),
+    }
+
+
+def judged(errors: list[float]) -> str:
+    """Right, or how wrong."""
+    import torch
+
+    right: float = importlib.import_module("tolerances").CHUNKED[torch.float32]
+    return RIGHT if max(errors) <= right else f"{WRONG}, {max(errors):.1g}"
+
+
+def model(name: str) -> str:
+    """What becomes of a tiny model of a family that is read in chunks."""
+    import torch
+
+    import compat
+    from ci.families import LEFT_PADDING, NO_PADDING, in_chunks
+
+    families: Any = importlib.import_module("families")
+    try:
+        tiny = families.tiny_model(name)
+        ids = families.tokens(3, 36)
+        errors = []
+        for left in (NO_PADDING, LEFT_PADDING):
+            found = in_chunks(tiny, ids, left)
+            for row, hidden, n in zip(ids, found, left, strict=True):
+                with torch.no_grad():
+                    whole = tiny(row[None, n:], use_cache=False)[0][0]
+                errors.append(float((hidden[n:] - whole).abs().max()))
+        return judged(errors)
+    except compat.VerticalChunkingError as error:
+        return f"refused: {error.found}"
+    except Exception as error:
+        return f"{WRONG}, {type(error).__name__}: {error}"
+
+
+def encode() -> str:
+    """What becomes of a text that a tiny Mamba2 encodes in chunks."""
+    import compat
+
+    try:
+        compat.enable_vertical_chunking()
+        return encoded()
+    except compat.VerticalChunkingError as error:
+        return f"refused: {error.found}"
+    except Exception as error:
+        return f"{WRONG}, {type(error).__name__}: {error}"
+
+
+def encoded() -> str:
+    """Whether the chunks of a text give its embedding."""
+    embedders: Any = importlib.import_module("embedders")
+    with tempfile.TemporaryDirectory() as folder:
+        model = embedders.embedder(embedders.save_checkpoint(folder))
+        text = embedders.text(40)
+        whole, widths = model.encode(text), embedders.record_widths(model)
+        chunked = model.encode(text, vertical_chunk_size=8)
+    if max(widths) > 8:
+        return f"{WRONG}: {max(widths)} tokens at once"
+    return judged([float(abs(chunked - whole).max())])
+
+
+def claimed() -> list[Requirement]:
+    """What pyproject.toml asks for: of transformers, of sentence-transformers."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = {Requirement(line).name: Requirement(line) for line in project["dependencies"]}
+    return [found["transformers"], found["sentence-transformers"]]
+
+
+def faults(found: dict[str, Any]) -> list[str]:
+    """What is not as it must be in an environment."""
+    pairs = zip(claimed(), found["versions"], strict=True)
+    supported = all(requirement.specifier.contains(v) for requirement, v in pairs)
+    newest = found["versions"] == list(ENVIRONMENTS[-1])
+    said = {name: (what, newest) for name, what in found["models"].items()}
+    said["encode"] = (found["encode"], supported)
+    return [
+        f"{' '.join(found['versions'])}: {name}: {what}"
+        for name, (what, needed) in said.items()
+        if what.startswith(WRONG) or (needed and what not in (RIGHT, ABSENT))
+    ]
+
+
+def row(found: dict[str, Any]) -> str:
+    """A line of the table."""
+    models = found["models"]
+    there = [name for name in models if models[name] != ABSENT]
+    right = [name for name in there if models[name] == RIGHT]
+    cell = f"{len(right)} of {len(there)}"
+    if not right:
+        cell = f"none: {found['reasons']['transformers']}"
+    elif others := sorted(set(there) - set(right)):
+        cell += f", not {', '.join(others)}"
+    said = found["encode"].replace("refused: ", "no: ") if right else "no"
+    cells = [*found["versions"], cell, "yes" if said == RIGHT else said]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    """Print the table, and return the exit status."""
+    print("| transformers | sentence-transformers | models, of those it has | encode |")
+    print("|---|---|---|---|", flush=True)
+    wrong = []
+    for releases in ENVIRONMENTS:
+        run = subprocess.run(
+            [environment(*releases), "-m", "ci.matrix", "inside"],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        found = json.loads(run.stdout.splitlines()[-1])
+        print(row(found), flush=True)
+        wrong += faults(found)
+    for fault in wrong:
+        print(fault, file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["inside"]:
+        print(json.dumps(inside()))
+    else:
+        raise SystemExit(main())

@@ -1,0 +1,110 @@
+"""Vertical chunking reaches the model through libraries that call `encode` for their users."""
+
+import numpy as np
+import pytest
+import torch
+from embedders import text
+from tolerances import CHUNKED
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+import compat
+
+# What other libraries warn of is not for us to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
+TEXTS = [text(20), text(5)]
+PASSED = {"vertical_chunk_size": 8}
+
+
+@pytest.fixture
+def whole(model):
+    """The embeddings of whole texts, by the released library."""
+    return model.encode(TEXTS)
+
+
+@pytest.fixture
+def saved(model, whole, tmp_path):
+    """The model's folder, without a default; compat's hooks are on."""
+    compat.enable_vertical_chunking()
+    return save(model, tmp_path / "saved")
+
+
+@pytest.fixture
+def saved_with_default(model, whole, tmp_path):
+    """The model's folder, with a default of 8 tokens; compat's hooks are on."""
+    compat.enable_vertical_chunking()
+    model.vertical_chunk_size = 8
+    return save(model, tmp_path / "saved")
+
+
+@pytest.fixture
+def widths():
+    """A list that grows by the width of every batch of tokens that any model reads."""
+    found = []
+
+    def note(module, arguments):
+        if isinstance(module, torch.nn.Embedding):
+            found.append(arguments[0].shape[1])
+
+    hook = register_module_forward_pre_hook(note)
+    yield found
+    hook.remove()
+
+
+def save(model, folder):
+    model.save(str(folder), create_model_card=False)
+    return str(folder)
+
+
+def assert_chunked(found, whole, widths):
+    assert max(widths) == 8
+    np.testing.assert_allclose(found, whole, rtol=0, atol=CHUNKED[torch.float32])
+
+
+def test_langchain_passes_encode_kwargs_on(saved, whole, widths):
+    from langchain_huggingface import HuggingFaceEmbeddings
+
+    embeddings = HuggingFaceEmbeddings(
+        model_name=saved, model_kwargs={"device": "cpu"}, encode_kwargs=PASSED
+    )
+    assert_chunked(embeddings.embed_documents(TEXTS), whole, widths)
+    del widths[:]
+    assert_chunked(embeddings.embed_query(TEXTS[0]), whole[0], widths)
+
+
+def test_langchain_takes_a_stored_default(saved_with_default, whole, widths):
+    from langchain_huggingface import HuggingFaceEmbeddings
+
+    embeddings = HuggingFaceEmbeddings(
+        model_name=saved_with_default, model_kwargs={"device": "cpu"}
+    )
+    assert_chunked(embeddings.embed_documents(TEXTS), whole, widths)
+
+
+def test_llama_index_takes_a_stored_default(saved_with_default, whole, widths):
+    from llama_index.embeddings.huggingface import HuggingFaceEmbedding
+
+    embedding = HuggingFaceEmbedding(model_name=saved_with_default, device="cpu", normalize=False)
+    assert_chunked(embedding.get_text_embedding_batch(TEXTS), whole, widths)
+    del widths[:]
+    assert_chunked(embedding.get_query_embedding(TEXTS[0]), whole[0], widths)
+
+
+def test_haystack_passes_encode_kwargs_on(saved, whole, widths):
+    from haystack import Document
+    from haystack.utils import ComponentDevice
+    from haystack_integrations.components.embedders.sentence_transformers import (
+        SentenceTransformersDocumentEmbedder,
+        SentenceTransformersTextEmbedder,
+    )
+
+    options = {"model": saved, "device": ComponentDevice.from_str("cpu"), "encode_kwargs": PASSED}
+    documents = SentenceTransformersDocumentEmbedder(**options)
+    documents.warm_up()
+    found = documents.run([Document(content=words) for words in TEXTS])["documents"]
+    assert_chunked([document.embedding for document in found], whole, widths)
+
+    del widths[:]
+    query = SentenceTransformersTextEmbedder(**options)
+    query.warm_up()
+    assert_chunked(query.run(TEXTS[0])["embedding"], whole[0], widths)

@@ -1,0 +1,12 @@
+"""Which libraries are tested: as they are released, with compat's hooks, or the forks without them.
+
+VERTICAL_CHUNKING_STACK is `released`, unless it is set, or `forks`; `nox -s test-forks` installs
+those and sets it.
+"""
+
+import os
+
+STACK = os.environ.get("VERTICAL_CHUNKING_STACK", "released")
+if STACK not in ("released", "forks"):
+    raise ValueError(f"VERTICAL_CHUNKING_STACK is {STACK!r}; it must be released or forks.")
+FORKS = STACK == "forks"
