@@ -24,13 +24,13 @@ from torch import Tensor
 from compat import _progress
 from compat._checks import TOKENS, check_features, check_inputs, check_modules, check_tokens
 from compat._chunks import align_left, check_chunk_size, iter_chunks, stream, windows
-from compat._errors import UnsupportedVersionError
+from compat._errors import UnsupportedPipelineError, UnsupportedVersionError
 from compat._families import backbone_of
 from compat._patches import Patch
 from compat._pooling import Chunk, TokenStream
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import CrossEncoder, SentenceTransformer
     from sentence_transformers.base.modules import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
@@ -117,7 +117,7 @@ def plan() -> list[Patch]:
     if not installed() or is_native():
         return []
     try:
-        from sentence_transformers import SentenceTransformer
+        from sentence_transformers import CrossEncoder, SentenceTransformer
         from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
         from sentence_transformers.sentence_transformer.modules import Pooling
     except ImportError as error:
@@ -136,6 +136,7 @@ def plan() -> list[Patch]:
         Dense: {"forward": _token_wise_forward},
         Normalize: {"forward": _token_wise_forward},
         Pooling: {"forward": _pooling_forward},
+        CrossEncoder: {"predict": _predict},
     }
     for owner, factories in hooks.items():
         for name in factories:
@@ -246,6 +247,21 @@ _ENCODE_DOC = """
             model's own `vertical_chunk_size`. With `output_value="token_embeddings"` or None the
             result holds every token's embedding, so it grows with the text whatever the chunks.
 """
+
+
+def _predict(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def predict(self: CrossEncoder, *args: Any, **kwargs: Any) -> Any:
+        # As of sentence-transformers 6.2.0, predict ignores arguments that it does not know.
+        if kwargs.pop(KEYWORD, None) is not None:
+            raise UnsupportedPipelineError(
+                f"a CrossEncoder with {KEYWORD}",
+                "a SentenceTransformer, whose encode compat's hooks let read in chunks",
+                f"call it without {KEYWORD}",
+            )
+        return original(self, *args, **kwargs)
+
+    return predict
 
 
 def _get_model_kwargs(original: Callable[..., Any]) -> Callable[..., Any]:

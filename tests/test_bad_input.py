@@ -5,7 +5,7 @@ import pytest
 import torch
 from embedders import character_tokenizer, embedder, record_widths, save_checkpoint, text
 from families import tiny_model
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import (
     CNN,
@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.modules import (
     WeightedLayerPooling,
     WordWeights,
 )
+from stack import FORKS
 from tokenizers import normalizers
 from tolerances import CHUNKED
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
@@ -264,6 +265,14 @@ def test_a_pooling_that_only_has_another_name_streams(mamba2_checkpoint):
 def test_another_backend_is_refused_by_name(model, backend, output_value):
     model[0].backend = backend
     assert_refused(model, backend, output_value=output_value)
+
+
+@pytest.mark.skipif(FORKS, reason="the fork's CrossEncoder reads in chunks")
+def test_a_cross_encoder_is_refused(monkeypatch):
+    """The released one would ignore the argument, and read everything at once."""
+    monkeypatch.setattr(CrossEncoder, "__init__", torch.nn.Module.__init__)
+    with pytest.raises(compat.UnsupportedPipelineError, match="CrossEncoder"):
+        CrossEncoder().predict([("a question", "a text")], vertical_chunk_size=8)
 
 
 def test_keeping_every_layer_is_refused(model):
