@@ -201,7 +201,8 @@ def report(
             for target in targets:
                 earlier = _cell(old, on, target, pick) if old and on <= old_flags else "none"
                 later = _cell(kernel, on, target, pick)
-                right &= not later.startswith("fails")
+                # What Triton cannot compile before either is Triton's own matter.
+                right &= not later.startswith("fails") or later == earlier
                 cells.append(later if earlier == later else f"{earlier} → {later}")
                 print(f"{name} {label} {target}: {cells[-1]}", file=sys.stderr, flush=True)
             lines.append(f"| {module}.{name} | {label} | {' | '.join(cells)} |")
