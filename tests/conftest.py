@@ -13,6 +13,7 @@ from stack import FORKS
 
 import compat
 import compat.ops
+from compat.ops import _native
 
 if FORKS:
     # Where a test turns the hooks on, the libraries are to do it themselves.
@@ -54,3 +55,12 @@ def mamba2_checkpoint(tmp_path_factory):
 def model(mamba2_checkpoint):
     """An embedder of its own for each test: that Mamba2, and mean pooling."""
     return embedder(mamba2_checkpoint)
+
+
+@pytest.fixture(params=["torch", "native"])
+def backend(request):
+    """What the ops of `compat.ops` run on."""
+    if request.param == "native" and _native.library() is None:
+        pytest.skip(_native.reason())
+    with compat.ops.using(request.param):
+        yield

@@ -19,7 +19,6 @@ from transformers.models.mamba.modeling_mamba import mamba_selective_scan as mam
 import compat
 from compat import _mamba, ops
 from compat._families import backbone_of
-from compat.ops import _native
 
 FEW = settings().max_examples // 3
 
@@ -158,14 +157,6 @@ def count_loops(monkeypatch):
         return calls
 
     return watch
-
-
-@pytest.fixture(params=["torch", "native"])
-def backend(request):
-    if request.param == "native" and _native.library() is None:
-        pytest.skip(_native.reason())
-    with ops.using(request.param):
-        yield
 
 
 @pytest.mark.parametrize("model_type", LOOPS)

@@ -9,19 +9,11 @@ from tolerances import KERNEL_SELECTIVE_SCAN, error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compat import ops
-from compat.ops import _native, mamba1
+from compat.ops import mamba1
 from compat.ops.mamba1 import selective_scan_fn
 
 FEW = settings().max_examples // 2
 SEQUENCES = ("u", "delta", "B", "C", "z")
-
-
-@pytest.fixture(params=["torch", "native"])
-def backend(request):
-    if request.param == "native" and _native.library() is None:
-        pytest.skip(_native.reason())
-    with ops.using(request.param):
-        yield
 
 
 def inputs(

@@ -6,19 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import OPS_WKV, error
 
-from compat import ops
-from compat.ops import _native
 from compat.ops.rwkv4 import rwkv_linear_attention
 
 FEW = settings().max_examples // 2
-
-
-@pytest.fixture(params=["torch", "native"])
-def backend(request):
-    if request.param == "native" and _native.library() is None:
-        pytest.skip(_native.reason())
-    with ops.using(request.param):
-        yield
 
 
 def recurrence(time_decay, time_first, key, value, state):
