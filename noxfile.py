@@ -66,6 +66,8 @@ def test_kernels(session):
         return
     # A rehearsal of test-gpu: a few examples of each law, which were drawn in full above.
     session.run(*PYTEST, "tests/gpu", "-k", "not thorough", env=OFFLINE | INTERPRET)
+    tiny = ["--device", "cpu", "--layers", "2", "--hidden-size", "128", "--lengths", "64", "600"]
+    session.run("python", "-m", "ci.bench_gpu", *tiny, env=OFFLINE)
     session.run("python", "-m", "ci.triton_aot")
     if shutil.which("nvcc"):
         for tree in TREES.values():
