@@ -84,10 +84,11 @@ ABOUT = """
 ({instructions}), {memory}, Python {python}, torch {torch}, transformers {transformers}. Mamba2 of
 24 layers of 768, 24 heads of 64, state 128, random weights; batch 1, 8,192 tokens in chunks of 512,
 where nothing else is said; Mamba-1, RWKV-4 and xLSTM: 4,096 tokens, float32. *Floor*: the matrix
-products of in_proj and out_proj alone. *GPT-NeoX*: 12 layers of 768. *native*: this project on its
-compiled kernels ({native}); *torch*: in plain torch; *released*: transformers alone. Ratios are
-medians of rounds in alternation, with the smallest and the largest; memory is that above the loaded
-model, for {lengths} tokens (native) and the first two of these (torch, released).
+products of the linear layers alone (of Mamba2: in_proj and out_proj). *GPT-NeoX*: 12 layers of 768.
+*native*: this project on its compiled kernels ({native}); *torch*: in plain torch; *released*:
+transformers alone. Ratios are medians of rounds in alternation, with the smallest and the largest;
+memory is that above the loaded model, for {lengths} tokens (native) and the first two of these
+(torch, released).
 """
 LEFT_OUT = (
     "mamba-scan-lite 0.2.0 is not among them: it replaces `Zamba2MambaMixer.torch_forward` and "
@@ -96,7 +97,7 @@ LEFT_OUT = (
 
 
 def comparisons(sizes: Sizes) -> dict[str, list[list[Contender]]]:
-    """The contenders of each process of each comparison; the slowest run once."""
+    """The contenders of each process of each comparison."""
     ours = ["native", "torch"] if _native.library() else ["torch"]
     best = ours[0]
 
@@ -106,8 +107,8 @@ def comparisons(sizes: Sizes) -> dict[str, list[list[Contender]]]:
         return [[*fast, Contender(RELEASED, released, 1, dtype=dtype)]]
 
     def family(model: str) -> list[list[Contender]]:
-        fast = [Contender(name, sizes.short, sizes.rounds, model) for name in ours]
-        return [[*fast, Contender(RELEASED, sizes.short, 1, model)]]
+        names = [FLOOR, *ours, RELEASED]
+        return [[Contender(name, sizes.short, sizes.rounds, model) for name in names]]
 
     # How many of the lengths each of them reads.
     reach = dict.fromkeys(ours, 2) | {best: len(sizes.lengths)}
@@ -246,8 +247,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write, and return the exit status."""
     options = _options(arguments)
-    # Threads that wait for each other by spinning are many times slower on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
     path = output / "bench.json"

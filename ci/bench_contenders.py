@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import Linear
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -171,12 +172,11 @@ def _released_in_chunks(model: PreTrainedModel, tokens: int, size: int) -> int:
 
 
 def _projections(model: PreTrainedModel, tokens: int, size: int) -> int:
-    """The floor: the products with the weights of in_proj and out_proj, and nothing else."""
-    layers: Any = model.layers
+    """The floor: the products with the weights of all linear layers, and nothing else."""
+    weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
     for start in range(0, tokens, size):
-        for layer in layers:
-            for weight in (layer.mixer.in_proj.weight, layer.mixer.out_proj.weight):
-                linear(_inputs(min(size, tokens - start), weight), weight)
+        for weight in weights:
+            linear(_inputs(min(size, tokens - start), weight), weight)
     return tokens
 
 
