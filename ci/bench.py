@@ -25,7 +25,7 @@ import psutil
 import torch
 import transformers
 
-from ci import bench_plots
+from ci import bench_plots, readme
 from ci.bench_contenders import (
     BATCH,
     FLOOR,
@@ -43,8 +43,6 @@ from ci.bench_contenders import (
 from compat.ops import _native
 
 ALLOWED_SPREAD = 30e6  # Bytes. The tokens themselves, with their mask, are 9 bytes each.
-PROJECT_README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 Runs = dict[str, list[Timing]]
 
@@ -200,19 +198,6 @@ def section(report: dict[str, Any], runs: Runs, sizes: Sizes) -> str:
     return "\n\n".join([*smoke, about, markdown, seconds, note])
 
 
-def put_into_readme(text: str, path: Path) -> None:
-    """Replace what stands between the two markers.
-
-    Raises:
-        ValueError: The file does not have both markers.
-    """
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} needs the lines {BEGIN} and {END}: put them where it goes.")
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def machine(threads: int, smoke: bool) -> dict[str, Any]:
     """What the numbers depend on."""
     info = Path("/proc/cpuinfo")
@@ -276,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench_plots.draw(runs, output)
     print(f"\n{text}\n\nWritten to {output}.")
     if options.readme:
-        put_into_readme(text, PROJECT_README)
+        readme.put("bench", text)
     own = peaks(runs, "native") or peaks(runs, "torch")
     if own and max(own) - min(own) > ALLOWED_SPREAD:
         print(f"The peaks of memory are more than {ALLOWED_SPREAD / 1e6:.0f} MB apart.")

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from ci import bench, bench_contenders, bench_plots
+from ci import bench, bench_contenders, bench_plots, readme
 from ci.bench_contenders import (
     BATCH,
     FLOOR,
@@ -205,13 +205,13 @@ def test_only_merges_with_what_is_there(tmp_path, measured, capsys):
 
 
 def test_the_readme_gets_the_section_between_its_markers(tmp_path, measured, monkeypatch):
-    readme = tmp_path / "PROJECT.md"
-    readme.write_text(f"before\n\n{bench.BEGIN}\nold\n{bench.END}\n\nafter\n")
-    monkeypatch.setattr(bench, "PROJECT_README", readme)
+    path = tmp_path / "PROJECT.md"
+    path.write_text("before\n\n<!-- bench -->\nold\n<!-- /bench -->\n\nafter\n")
+    monkeypatch.setattr(readme, "README", path)
     options = ["--smoke", "--readme", "--output", str(tmp_path), "--only", "batch"]
     assert bench.main(options) == bench.main(options) == 0
     section = (tmp_path / "README.md").read_text()
-    assert readme.read_text() == f"before\n\n{bench.BEGIN}\n{section}{bench.END}\n\nafter\n"
-    readme.write_text("no markers")
+    assert path.read_text() == f"before\n\n<!-- bench -->\n{section}<!-- /bench -->\n\nafter\n"
+    path.write_text("no markers")
     with pytest.raises(ValueError, match="needs the lines"):
         bench.main(options)
