@@ -22,17 +22,17 @@ TREES = {library: f"forks/{library}/tree" for library in ["causal-conv1d", "mamb
 # The patched libraries that need no compat; the tests that hold them to the laws without it.
 NATIVE = ["transformers", "sentence-transformers"]
 _LAWS = "stack laws_model laws_encode bad_input saved_default workers released"
-LAWS = [f"tests/test_{name}.py" for name in _LAWS.split()]
+LAWS = [*(f"tests/test_{name}.py" for name in _LAWS.split()), "tests/kernels/test_fused_fork.py"]
 
 
-def install(session, *groups, extras=""):
-    """The package itself, and dependency groups of pyproject.toml, as pinned in ci/constraints.txt.
+def install(session, *groups, extras="", pins="ci/constraints.txt"):
+    """The package itself, and dependency groups of pyproject.toml, as pinned.
 
     torch is named first and exactly, so that a machine that has a wheel of it at hand takes that.
     """
-    session.install("-c", "ci/constraints.txt", "torch")
+    session.install("-c", pins, "torch")
     wanted = [word for group in groups for word in ("--group", group)]
-    session.install("-c", "ci/constraints.txt", "-e", f".{extras}", *wanted)
+    session.install("-c", pins, "-e", f".{extras}", *wanted)
 
 
 @nox.session
@@ -120,11 +120,41 @@ def test_forks(session):
     session.run(*PYTEST, *(session.posargs or LAWS), env=OFFLINE | INTERPRET | stack)
 
 
+@nox.session(name="test-upstream", default=False)
+def test_upstream(session):
+    """Upstream's own tests on the releases, on the forks, and on the releases with compat."""
+    install(session, "upstream")
+    for library in NATIVE:
+        session.run("python", "-m", "ci.upstream_tests", library, *session.posargs)
+
+
+@nox.session(name="test-hub-kernels", default=False)
+def test_hub_kernels(session):
+    """The hub kernels, built from the forks: under transformers' models on a CPU, and compiled."""
+    install(session, "hub", pins="ci/constraints-hub.txt")
+    session.run("python", "-m", "ci.forks", "propagate")
+    tests = session.posargs or ["tests/hub", "tests/test_propagate.py"]
+    session.run(*PYTEST, *tests, env=OFFLINE | INTERPRET)
+    if session.posargs:
+        return
+    for kernel in TREES:
+        # The kernel's own tests, which find it as they do in kernels-community.
+        folder = Path("forks/kernels-community", kernel).absolute()
+        local = {"LOCAL_KERNELS": f"kernels-community/{kernel}={folder}/tree"}
+        own = ["-c", os.devnull, "--rootdir", f"{folder}", "-m", "kernels_ci"]
+        session.run("pytest", *own, f"{folder}/tests", env=OFFLINE | local)
+        if shutil.which("nvcc"):
+            arch = ["--arch", "sm_80", "sm_90"]
+            session.run("python", "-m", "ci.registers", f"{folder}/tree", *arch)
+        else:
+            session.warn("CUDA sources were not compiled: there is no nvcc on the PATH")
+
+
 @nox.session(name="test-matrix", default=False)
 def test_matrix(session):
     """compat on older releases of both libraries, and what it says of those that are too old."""
     install(session, "tests")
-    session.run("python", "-m", "ci.matrix", env=OFFLINE)
+    session.run("python", "-m", "ci.matrix", *session.posargs, env=OFFLINE)
 
 
 @nox.session(default=False)
@@ -149,6 +179,22 @@ def lint(session):
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
+
+
+@nox.session(name="train-model", default=False)
+def train_model(session):
+    """Train the default model anew, into model-out/: 2 hours, on a Debian with apt-get."""
+    install(session, "model")
+    session.run("python", "-m", "ci.model.data", env=OFFLINE)
+    session.run("python", "-m", "ci.model.train", *session.posargs, env=OFFLINE)
+
+
+@nox.session(name="evaluate-model", default=False)
+def evaluate_model(session):
+    """Evaluate the default model on text that it never saw, beside its teacher and BM25."""
+    install(session, "model")
+    session.run("python", "-m", "ci.model.data", env=OFFLINE)
+    session.run("python", "-m", "ci.model.evaluate", *session.posargs, env=OFFLINE)
 
 
 @nox.session(default=False)

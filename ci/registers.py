@@ -111,10 +111,10 @@ def leave_few(text: str) -> str:
 def compile_tree(
     tree: Path, archs: list[str], *, files: str = "*.cu", full: bool = True
 ) -> dict[str, dict[Kernel, Use]]:
-    """The kernels of the .cu files below `tree`/csrc, for each architecture.
+    """The kernels of the .cu files below `tree`/csrc, or `tree`, for each architecture.
 
     Args:
-        tree: the sources of a fork.
+        tree: the sources of a fork, or of a hub kernel.
         archs: sm_80 and others.
         files: which files, as a pattern of their names.
         full: all instantiations; else those that `leave_few` leaves.
@@ -127,12 +127,11 @@ def compile_tree(
     headers = Path(torch.__file__).parent / "include"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "csrc")
-        shutil.copytree(tree / "csrc", folder)
+        whole = tree / "csrc" if (tree / "csrc").exists() else tree
+        shutil.copytree(whole, folder)
         sources = [path for path in sorted(folder.rglob(files)) if path.suffix == ".cu"]
         if not sources:
-            raise RuntimeError(
-                f"found no .cu file {files} below {tree / 'csrc'}; need a source tree"
-            )
+            raise RuntimeError(f"found no .cu file {files} below {whole}; need a source tree")
         for path in [] if full else folder.rglob("*.cu*"):
             path.write_text(leave_few(path.read_text()))
         # The CPU build of torch leaves out a header that holds no declaration.

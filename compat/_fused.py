@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from compat import _mamba, ops
+from compat import _hub, _mamba, ops
 from compat._family import Family
 from compat._patches import Held, Patch, Patches
 from compat.ops import mamba2
@@ -44,6 +44,9 @@ MIXERS = {
 # What is replaced is known by its text: a release that computes something else is left alone.
 _MIXER_FORWARD = "7b78f68b2206f76c"
 _NORM_FORWARD = "2ed3aa30edfb36e2"
+
+# With which a transformers has the fused path in inference itself.
+_SETTING = "use_fused_scan"
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NORM_BYTES = 65536  # A group of channels must fit into one block of the norm's kernel.
@@ -113,22 +116,39 @@ def probe() -> FusedPath:
 
 def describe() -> str:
     """The fused path on a GPU in one line: what it is made of and serves, or why it is not used."""
+    if native := _native():
+        return native
     path = probe()
-    return _served(path.reason) if path.run else path.reason
+    return _served(path.reason) if path.run else _with_hub(path.reason)
 
 
 def describe_on_cpu() -> str:
     """The same of the path on a CPU."""
+    if native := _native():
+        return native
     if ops.backend() == "released":
         return "not used, as transformers' own path was chosen"
     return _served(ops.describe(), *_mamba.MIXERS, "rwkv")
+
+
+def _native() -> str | None:
+    """What is said of a transformers that has the fused path itself, and is left alone."""
+    has = [n for n in MIXERS if n in CONFIG_MAPPING and hasattr(CONFIG_MAPPING[n], _SETTING)]
+    if not has:
+        return None
+    return f"native: {_SETTING} in the config of {', '.join(has)}, in {_named('transformers')}"
 
 
 def _served(reason: str, *others: str) -> str:
     known = [name for name in MIXERS if PATCHED[name].patched or plan(name)]
     if not known:
         return f"not used, as {_named('transformers')} has other Mamba2 mixers than 5.23"
-    return f"{reason}; for {', '.join(sorted([*known, *others]))}"
+    return _with_hub(f"{reason}; for {', '.join(sorted([*known, *others]))}")
+
+
+def _with_hub(reason: str) -> str:
+    said = _hub.describe(sorted(MIXERS))
+    return f"{reason}; {said}" if said else reason
 
 
 def _import(distribution: str, name: str) -> Any:
@@ -233,7 +253,13 @@ def _run_for(
 ) -> Run | None:
     """What a mixer runs on with these arguments; None for its own forward."""
     on_ops = replace_released(hidden_states)
-    if is_in_chunk() and cache is not None and attention_mask is None:
+    if _hub.is_used(mixer):
+        # Somebody has asked for them: theirs, or the released forward, which calls them too.
+        op = _hub.fused_op(mixer)
+        continues = is_in_chunk() and cache is not None and attention_mask is None
+        fits = not _has_kernels(hidden_states) or _suits_kernels(mixer, hidden_states)
+        run: Run | None = functools.partial(_whole, op) if op and continues and fits else None
+    elif is_in_chunk() and cache is not None and attention_mask is None:
         run = probe().run if _suits_kernels(mixer, hidden_states) else None
         run = run or (_portable if on_ops else None)
     elif _full_passes and on_ops and cache is None and others.get("seq_idx") is None:
@@ -274,8 +300,6 @@ def _is_exact(mixer: Any, hidden_states: Tensor) -> bool:
         and norm.group_size * mixer.n_groups == mixer.intermediate_size
         and _is_bare(norm)
         and _is_bare(mixer.conv1d)
-        # Kernels of the hub, which somebody has asked for.
-        and not any("forward" in vars(f) for f in getattr(mixer, "_kernel_funcs", {}).values())
     )
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -28,9 +27,11 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 from transformers import PreTrainedModel
 
+from compat import _hub
 from compat._errors import UnsupportedVersionError
 from compat._family import Family
 from compat._patches import Held, Patch
+from compat._transformers import parameters
 from compat.ops._where import in_chunk, is_in_chunk, replace_released
 from compat.ops.mamba1 import selective_scan_fn
 
@@ -140,7 +141,7 @@ def _forward_with_state(forward: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         state = None
         if cache_params is not None and hidden_states.shape[1] > 1:
-            state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+            state = _recurrent_state(cache_params, self.layer_idx)
         on_ops = (cache_params is None or is_in_chunk()) and _is_slow(self, hidden_states)
         if state is None and not on_ops:
             return forward(self, hidden_states, cache_params, *args, **kwargs)
@@ -157,13 +158,23 @@ def _forward_with_state(forward: Callable[..., Any]) -> Callable[..., Any]:
     return mixer_forward
 
 
+def _recurrent_state(cache: Any, layer_idx: int) -> Tensor | None:
+    """The state that a layer has in the cache; None before its first chunk.
+
+    `get_recurrent_state`, which says the same, came with transformers 5.21.
+    """
+    if not cache.has_previous_state(layer_idx):
+        return None
+    state: Tensor = cache.layers[layer_idx].recurrent_states[0]
+    return state
+
+
 def _is_slow(mixer: Any, hidden_states: Tensor) -> bool:
     """Whether the mixer's own scan would be a loop in torch, without gradients, on a CPU."""
     return (
         replace_released(hidden_states)
         and find_spec("mamba_ssm") is None
-        # Kernels of the hub, which somebody has asked for.
-        and not any("forward" in vars(f) for f in getattr(mixer, "_kernel_funcs", {}).values())
+        and not _hub.is_used(mixer)  # Somebody has asked for it.
     )
 
 
@@ -179,10 +190,10 @@ def plan(model_type: str) -> list[Patch]:
     if mixer is None or scan is None:
         raise UnsupportedVersionError(
             f"{module.__name__} without {MIXERS[model_type]} or mamba_selective_scan",
-            "a release whose Mamba-1 models are those of transformers 5.23",
-            'pip install "transformers>=5.23,<6"',
+            "a release whose Mamba-1 models are those of transformers 5.15 to 5.23",
+            'pip install "transformers>=5.15,<6"',
         )
-    if "initial_states" in inspect.signature(scan).parameters:
+    if "initial_states" in parameters(scan):
         return []
     return [
         (mixer, "forward", _forward_with_state(mixer.forward)),

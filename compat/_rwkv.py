@@ -1,13 +1,14 @@
 """RWKV-4: the state is a list of five tensors, (batch, hidden_size, layers).
 
 On a CPU, where no gradient is recorded, the released wkv is a loop over tokens; there that of
-`compat.ops.rwkv4` takes its place.
+`compat.ops.rwkv4` takes its place. The fork, which masks padding itself, is left alone.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -63,10 +64,19 @@ def _on_ops(released: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def plan() -> list[Patch]:
-    """What to patch in transformers; nothing where its wkv is another function."""
-    module = importlib.import_module("transformers.models.rwkv.modeling_rwkv")
+    """What to patch in transformers.
+
+    Nothing where its wkv is another function, or where RWKV masks padding: it continues by itself.
+    """
+    module: Any = importlib.import_module("transformers.models.rwkv.modeling_rwkv")
     released = getattr(module, "rwkv_linear_attention", None)
-    return [] if released is None else [(module, "rwkv_linear_attention", _on_ops(released))]
+    if released is None or _masks_padding(module):
+        return []
+    return [(module, "rwkv_linear_attention", _on_ops(released))]
+
+
+def _masks_padding(module: Any) -> bool:
+    return "attention_mask" in inspect.signature(module.RwkvSelfAttention.forward).parameters
 
 
 PATCHED = Held(plan)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import transformers
@@ -21,20 +23,25 @@ def probe() -> str | None:
     """
     try:
         from transformers.cache_utils import Cache, LinearAttentionLayer
-        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+        from transformers.models.mamba2 import modeling_mamba2
     except ImportError as error:
         return f"it has no cache for recurrent layers (an import from {error.name} failed)"
     if not hasattr(Cache, "reorder_cache") or not hasattr(LinearAttentionLayer, "reorder_cache"):
         return "the rows of its caches cannot be selected (no reorder_cache)"
-    if not hasattr(Cache, "get_recurrent_state"):
-        return "the states in its caches cannot be read (no get_recurrent_state)"
     layer, inputs = LinearAttentionLayer(), torch.arange(6.0).view(1, 1, 6)
     layer.update_conv_state(inputs[..., :4].clone())
     if not torch.equal(layer.update_conv_state(inputs[..., 4:])[..., -6:], inputs):
         return "the convolution's state is not put before a chunk of several tokens"
-    if "initial_states" not in inspect.signature(mamba2_chunk_scan).parameters:
+    scan = getattr(modeling_mamba2, "mamba2_chunk_scan", None)
+    if scan is None or "initial_states" not in parameters(scan):
         return "the scan of a chunk of several tokens takes no initial state"
     return None
+
+
+def parameters(function: Callable[..., Any]) -> set[str]:
+    """The parameters of a model's own function, whether or not `kernels` made it an object."""
+    own = getattr(type(function), "forward", function)
+    return set(inspect.signature(own).parameters)
 
 
 def require_support() -> None:
@@ -47,5 +54,5 @@ def require_support() -> None:
         raise UnsupportedVersionError(
             f"transformers {transformers.__version__}: {reason}",
             "a transformers whose models continue exactly from their cache",
-            'pip install --upgrade "transformers>=5.21"',
+            'pip install --upgrade "transformers>=5.15"',
         )

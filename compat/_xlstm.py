@@ -3,6 +3,7 @@
 As of transformers 5.23.0 the model makes its cache in its own dtype, and for head dimensions
 rounded up to 64, which the layers do not round. Its scan raises where a state in float32, which is
 its own default too, meets lower inputs of at least one inner chunk; there it is run in float32.
+The fork's scan does that itself.
 """
 
 from __future__ import annotations
@@ -60,10 +61,29 @@ class XLstm(Family):
 
 
 def plan() -> list[Patch]:
-    """What to patch in transformers; nothing where the layers come from the xlstm package."""
-    module = importlib.import_module("transformers.models.xlstm.modeling_xlstm")
+    """What to patch in transformers.
+
+    Nothing where the layers come from the xlstm package, or where the scan does not raise.
+    """
+    module: Any = importlib.import_module("transformers.models.xlstm.modeling_xlstm")
     backend = getattr(module, "xLSTMBackend", None)
-    return [] if backend is None else [(backend, "forward", _in_float32(backend.forward))]
+    if backend is None or not _scan_raises(module.mlstm_chunkwise_native_autograd):
+        return []
+    return [(backend, "forward", _in_float32(backend.forward))]
+
+
+@functools.cache
+def _scan_raises(scan: Callable[..., Any]) -> bool:
+    """Whether a scan of bfloat16 raises from a state in float32; asked with one head of width 1."""
+    inputs = torch.zeros(1, 1, 2, 1, dtype=torch.bfloat16, device="cpu")
+    gate, state = inputs[..., 0], inputs[:, :, :1].float()
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            states = state, state[..., 0], state[..., 0]
+            scan(inputs, inputs, inputs, gate, gate, *states, chunk_size=2)
+        except RuntimeError:
+            return True
+    return False
 
 
 def _in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 import pytest
 from sentence_transformers import SentenceTransformer
 from stack import FORKS
-from transformers.cache_utils import Cache
+from transformers.models.mamba2 import modeling_mamba2
 
 import compat
 from ci import matrix
@@ -28,8 +28,8 @@ def test_the_report_says_what_an_old_sentence_transformers_lacks(monkeypatch):
 
 
 def test_the_report_says_what_an_old_transformers_lacks(monkeypatch):
-    monkeypatch.delattr(Cache, "get_recurrent_state")
-    assert "no get_recurrent_state" in reasons()["transformers"]
+    monkeypatch.delattr(modeling_mamba2, "mamba2_chunk_scan")
+    assert "takes no initial state" in reasons()["transformers"]
 
 
 FOUND = {
@@ -60,6 +60,16 @@ REFUSED = {"mamba": "refused: no scan", "mamba2": "refused: no scan"}
             f"| {CELLS} | 1 of 2, not mamba | yes |",
         ),
         (
+            OLD | {"models": FOUND["models"] | {"mamba": "not tried, ValueError: 1"}},
+            [],
+            "| 5.1.0 | 6.2.0 | 1 of 2, not tried: mamba | yes |",
+        ),
+        (
+            {"models": FOUND["models"] | {"mamba": "not tried, ValueError: 1"}},
+            [f"{NAMED}: mamba: not tried, ValueError: 1"],
+            f"| {CELLS} | 1 of 2, not tried: mamba | yes |",
+        ),
+        (
             OLD | {"models": FOUND["models"] | {"mamba": "wrong, 0.3"}},
             ["5.1.0 6.2.0: mamba: wrong, 0.3"],
             "| 5.1.0 | 6.2.0 | 1 of 2, not mamba | yes |",
@@ -70,7 +80,16 @@ REFUSED = {"mamba": "refused: no scan", "mamba2": "refused: no scan"}
             "| 5.1.0 | 6.2.0 | 2 of 2 | wrong, KeyError: 1 |",
         ),
     ],
-    ids=["right", "old and right", "refused", "refused by the newest", "wrong", "crash"],
+    ids=[
+        "right",
+        "old and right",
+        "refused",
+        "refused by the newest",
+        "of another configuration",
+        "not as in the newest",
+        "wrong",
+        "crash",
+    ],
 )
 def test_the_table_of_releases(change, faults, row):
     found = FOUND | change

@@ -4,25 +4,35 @@ import pytest
 from stack import FORKS
 
 import compat
-from compat import _mamba, _xlstm
+from compat import _fused, _hooks, _mamba, _rwkv, _xlstm
 
-IN_16_BITS = pytest.mark.xfail(FORKS, reason="the fork's scan still raises in 16 bits")
+HELD = _mamba.PATCHED | {"rwkv": _rwkv.PATCHED, "xlstm": _xlstm.PATCHED}
+HELD |= {f"fused path of {name}": held for name, held in _fused.PATCHED.items()}
+
+
+def states(report):
+    return {status.library: status.state for status in report.libraries}
 
 
 def test_the_forks_are_native():
-    states = {status.library: status.state for status in compat.status().libraries}
     wanted = "native" if FORKS else "absent"
     # Many models of the released transformers continue from their cache.
-    assert states == {"transformers": "native", "sentence-transformers": wanted}
+    assert states(compat.status()) == {"transformers": "native", "sentence-transformers": wanted}
+    assert compat.status().fused.startswith("native: use_fused_scan") is FORKS
+    assert compat.status().cpu.startswith("native: use_fused_scan") is FORKS
 
 
-@pytest.mark.parametrize(
-    "held",
-    [
-        *(pytest.param(held, id=name) for name, held in _mamba.PATCHED.items()),
-        pytest.param(_xlstm.PATCHED, id="xlstm", marks=IN_16_BITS),
-    ],
-)
-def test_models_are_mended_in_the_forks(held):
-    with held:
-        assert held.patched is not FORKS
+@pytest.mark.parametrize("name", HELD)
+def test_models_are_mended_in_the_forks(name):
+    with HELD[name]:
+        assert HELD[name].patched is not FORKS
+
+
+def test_enable_leaves_the_forks_alone():
+    wanted = "native" if FORKS else "patched"
+    try:  # The tests' own `compat.enable_vertical_chunking` does nothing on the forks.
+        report = _hooks.enable_vertical_chunking()
+        assert states(report) == dict.fromkeys(["transformers", "sentence-transformers"], wanted)
+        assert {held.patched for held in HELD.values()} == {not FORKS}
+    finally:
+        _hooks.disable_vertical_chunking()

@@ -5,6 +5,7 @@
     python -m ci.forks check  [LIBRARY…]   what must hold of the patches that are committed
     python -m ci.forks status [LIBRARY…]   the roadmap: native, patched or missing
     python -m ci.forks rebase LIBRARY VERSION   which patches would fit another release
+    python -m ci.forks propagate [KERNEL…] [--check]   patched forks -> hub kernels
 
 `forks/LIBRARY/fork.toml` pins the release, and names overlays: files of this repository that the
 fork takes as its own. `forks/LIBRARY/stock` has the release's files, as they are.
@@ -17,6 +18,7 @@ in the tree by `git am --keep`, mend there what does not fit, and export.
 """
 
 from ci.forks._commands import check, export, patched, rebase, sources, status, sync
+from ci.forks._propagate import kernels, propagate
 from ci.forks._release import ROOT, ForkError, libraries, stock
 
 __all__ = [
@@ -24,8 +26,10 @@ __all__ = [
     "ForkError",
     "check",
     "export",
+    "kernels",
     "libraries",
     "patched",
+    "propagate",
     "rebase",
     "sources",
     "status",

@@ -16,8 +16,11 @@ def main(arguments: list[str] | None = None, root: Path = forks.ROOT) -> int:
         description=forks.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("verb", choices=["sync", "export", "check", "status", "rebase"])
+    parser.add_argument(
+        "verb", choices=["sync", "export", "check", "status", "rebase", "propagate"]
+    )
     parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help="all, if none is named")
+    parser.add_argument("--check", action="store_true", help="propagate: write nothing")
     parser.add_argument("--force", action="store_true", help="sync: lose what is not exported")
     options = parser.parse_intermixed_args(arguments)
     libraries = options.libraries or forks.libraries(root)
@@ -33,6 +36,11 @@ def main(arguments: list[str] | None = None, root: Path = forks.ROOT) -> int:
             fits, text = forks.rebase(library, version, root)
             print(text)
             return int(not fits)
+        if options.verb == "propagate":
+            for kernel in options.libraries or forks.kernels(root):
+                changed = forks.propagate(kernel, root, check=options.check)
+                print(f"{kernel}: {'built' if changed else 'nothing to do'}", flush=True)
+            return 0
         for library in libraries:
             if options.verb == "sync":
                 changed = forks.sync(library, root, force=options.force)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +37,7 @@ class Fork:
         license: SPDX expression.
         environment: Variables that the sdist's metadata step needs.
         overlays: New files: path in the tree of each path in this repository.
+        upstream_tests: Upstream's own files of tests, for `ci.upstream_tests`.
     """
 
     library: str
@@ -46,6 +48,7 @@ class Fork:
     license: str
     environment: dict[str, str] = field(default_factory=dict)
     overlays: dict[str, str] = field(default_factory=dict)
+    upstream_tests: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, library: str, root: Path = ROOT) -> Fork:
@@ -91,10 +94,18 @@ def libraries(root: Path = ROOT) -> list[str]:
     return sorted(path.parent.name for path in root.glob("forks/*/fork.toml"))
 
 
+class Place(Protocol):
+    """What has a folder in which it is defined and built."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+
+
 @contextmanager
-def locked(fork: Fork) -> Iterator[None]:
-    """Let no other process, nor thread, build or export the fork meanwhile."""
-    folder = os.open(fork.folder, os.O_RDONLY)
+def locked(place: Place) -> Iterator[None]:
+    """Let no other process, nor thread, build or export there meanwhile."""
+    folder = os.open(place.folder, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield
@@ -102,9 +113,9 @@ def locked(fork: Fork) -> Iterator[None]:
         os.close(folder)
 
 
-def scratch(fork: Fork) -> tempfile.TemporaryDirectory[str]:
+def scratch(place: Place) -> tempfile.TemporaryDirectory[str]:
     """A folder for what is not finished, from which it can be renamed into its place."""
-    return tempfile.TemporaryDirectory(dir=fork.folder, prefix=".new-")
+    return tempfile.TemporaryDirectory(dir=place.folder, prefix=".new-")
 
 
 def replace(folder: Path, new: Path) -> None:

@@ -1,0 +1,186 @@
+"""A layer that is given what it cannot do raises, and what serves a call is told."""
+
+import importlib
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import hub_kernels as hub
+import pytest
+import torch
+from test_layers import layer
+
+X, WEIGHT = torch.randn(2, 4, 6), torch.randn(4, 3)
+
+
+def scan(**more):
+    sizes = {"hidden_states": (2, 6, 2, 4), "dt": (2, 6, 2), "B": (2, 6, 1, 3), "C": (2, 6, 1, 3)}
+    given = {name: torch.randn(size) for name, size in sizes.items()}
+    return layer("mamba_chunk_scan_combined")(
+        **{**given, "A": -torch.rand(2), "chunk_size": 4, **more}
+    )
+
+
+def step(**more):
+    state, x = torch.randn(2, 4, 3), torch.randn(2, 4)
+    B, C = torch.randn(2, 3), torch.randn(2, 3)
+    given = {"state": state, "hidden_states": x, "dt": x, "A": -torch.rand(4, 3), "B": B, "C": C}
+    return layer("selective_state_update")(**{**given, **more})
+
+
+def mamba1(**more):
+    B = torch.randn(2, 3, 6)
+    given = {"hidden_states": X, "dt": X, "A": -torch.rand(4, 3), "B": B, "C": B}
+    return layer("selective_scan_fn")(**{**given, **more})
+
+
+def convolution(**more):
+    return layer("causal_conv1d_fn")(**{"hidden_states": X, "weight": WEIGHT, **more})
+
+
+IDS = torch.zeros(2, 6, dtype=torch.int32)
+PACKED = torch.tensor([0, 4, 12])
+
+
+@pytest.mark.parametrize("call", [scan, step, mamba1, convolution])
+def test_what_a_model_hands_to_its_attention_is_left_alone(call):
+    call(position_ids=IDS, output_hidden_states=True, cu_seq_lens_q=PACKED[:2], seq_idx=None)
+
+
+@pytest.mark.parametrize(
+    ("call", "more", "kind", "said"),
+    [
+        (convolution, {"initial_state": X}, TypeError, "found initial_state; it takes seq_idx, in"),
+        (convolution, {"cache_seqlens": IDS}, TypeError, "cache_seqlens"),
+        (convolution, {"cu_seq_lens_q": PACKED}, ValueError, "of 2 sequences and no seq_idx"),
+        (convolution, {"activation": "gelu"}, ValueError, "'gelu'"),
+        (convolution, {"bias": X}, ValueError, r"bias must be \(4,\)"),
+        (convolution, {"initial_states": X}, ValueError, r"\(2, 4, 2\); found \(2, 4, 6\)"),
+        (convolution, {"hidden_states": X.to("meta")}, NotImplementedError, "on 'meta'; needed"),
+        (scan, {"final_states": X}, TypeError, "final_states"),
+        (scan, {"cu_seqlens": PACKED}, NotImplementedError, "found cu_seqlens .* GPU only"),
+        (scan, {"return_varlen_states": True}, NotImplementedError, "return_varlen_states"),
+        (scan, {"initial_states": X}, ValueError, r"\(2, 2, 4, 3\); found \(2, 4, 6\)"),
+        (scan, {"seq_idx": IDS[:, :5]}, ValueError, "seq_idx must be"),
+        (scan, {"cu_seq_lens_q": PACKED}, ValueError, "no seq_idx"),
+        (step, {"seq_idx": IDS[:, :1]}, TypeError, "found seq_idx; it takes state_batch_indices"),
+        (step, {"state_batch_indices": IDS[:, 0]}, NotImplementedError, "GPU only"),
+        (step, {"D": X}, ValueError, "D must be"),
+        (mamba1, {"seq_idx": IDS}, TypeError, "found seq_idx; it takes initial_states"),
+        (mamba1, {"A": torch.zeros(4, 3, dtype=torch.complex64)}, ValueError, "complex"),
+        (mamba1, {"initial_states": X}, ValueError, "initial_states must be of shape"),
+    ],
+)
+def test_what_a_layer_cannot_do(call, more, kind, said):
+    call()
+    with pytest.raises(kind, match=said):
+        call(**more)
+
+
+@pytest.mark.parametrize("more", [{"seq_idx": IDS}, {"initial_states": X}])
+def test_the_inner_function_of_mamba1_has_no_states(more):
+    given = dict.fromkeys(
+        ["xz", "conv1d_weight", "x_proj_weight", "delta_proj_weight", "out_proj_weight", "A"], X
+    )
+    with pytest.raises(TypeError, match="it takes nothing more"):
+        layer("mamba_inner_fn")(**given, conv1d_bias=None, out_proj_bias=None, **more)
+
+
+def test_states_that_the_update_does_not_have_on_a_cpu():
+    update = hub.kernel("causal-conv1d").causal_conv1d_update
+    state = torch.zeros(2, 4, 2)
+    for name in ("cache_seqlens", "conv_state_indices"):
+        with pytest.raises(NotImplementedError, match=f"found {name} with tensors on a CPU"):
+            update(X, state, WEIGHT, **{name: IDS[:, 0]})
+    with pytest.raises(ValueError, match="conv_state must be"):
+        update(X, state[..., :1], WEIGHT)
+
+
+def test_a_build_for_cpus_does_not_serve_a_gpu():
+    class OnGpu:
+        device = torch.device("cuda")
+
+    for name in ("mamba_split_conv1d_scan_combined", "selective_scan_fn", "causal_conv1d_fn"):
+        with pytest.raises(NotImplementedError, match=f"{name}: found tensors on a GPU; this buil"):
+            getattr(hub.kernel(), name)(OnGpu())
+    with pytest.raises(AttributeError, match="Mamba2: found a torch for CPUs"):
+        hub.kernel().Mamba2  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'Mamba3'"):
+        hub.kernel().Mamba3  # noqa: B018
+
+
+def test_a_build_for_a_gpu_serves_each_tensor_where_it_is():
+    class OnGpu:
+        device = torch.device("cuda")
+
+    serve = importlib.import_module(f"{hub.kernel().__name__}._causal_conv1d._serve")
+    on_gpu = SimpleNamespace(double=lambda x, times=2: ("gpu", times))
+
+    def double(x, times=2):
+        return "cpu", times
+
+    function = serve.by_device(double, on_gpu)
+    assert function(X, 3) == ("cpu", 3)
+    assert function(OnGpu(), times=3) == function(times=3, x=OnGpu()) == ("gpu", 3)
+    with pytest.raises(TypeError, match="missing a required argument: 'x'"):
+        function(times=3)
+
+
+# As where torch is one for CUDA, but there is no GPU at hand: everything for it is imported.
+ON_CUDA = f"""
+import pathlib, torch, kernels
+from kernels.importer import _import_from_path
+torch.version.cuda = "13.0"
+for name in ("causal-conv1d", "mamba-ssm"):
+    path = pathlib.Path({str(hub.HUB)!r}, name, "tree", "build", "torch-cpu")
+    kernel = _import_from_path(path, dict())
+    missing = [f for f in kernel.layers.__all__ if not hasattr(kernel.on_gpu, f)]
+    print(name, sorted(missing))
+    x, weight = torch.randn(2, 4, 6), torch.randn(4, 3)
+    print(tuple(kernel.causal_conv1d_fn(x, weight).shape))
+"""
+
+
+def test_where_torch_has_cuda_the_functions_for_a_gpu_are_there():
+    done = subprocess.run([sys.executable, "-c", ON_CUDA], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    conv = ["causal_conv1d_fn", "causal_conv1d_update"]  # They are in _causal_conv1d.
+    assert done.stdout.splitlines() == [
+        "causal-conv1d []",
+        "(2, 4, 6)",
+        f"mamba-ssm {conv}",
+        "(2, 4, 6)",
+    ]
+
+
+SCANS = f"""
+import logging, pathlib, torch, kernels
+logging.basicConfig(format="%(levelname)s %(message)s")
+kernel = kernels.get_local_kernel(pathlib.Path({str(hub.tree("mamba-ssm"))!r}))
+x = torch.randn(2, 4, 6)
+for _ in range(2):
+    kernel.selective_scan_fn(x, x, -torch.rand(4, 3), x[:, :3], x[:, :3])
+print(kernel.describe())
+"""
+
+
+@pytest.mark.parametrize("compiler", [None, "/bin/false"])
+def test_without_native_kernels_it_says_once_that_plain_torch_runs(compiler, monkeypatch):
+    monkeypatch.delenv("COMPAT_NATIVE", raising=False)
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+    done = subprocess.run([sys.executable, "-c", SCANS], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    if compiler:
+        assert done.stdout.startswith("plain torch, as the native kernels are not to be had: /bin")
+        assert done.stderr.count("WARNING mamba-ssm on a CPU runs in plain torch") == 1
+    else:
+        assert done.stdout.startswith("native kernels, built by")
+        assert "WARNING" not in done.stderr
+
+
+def test_nothing_is_logged_by_default(caplog):
+    with caplog.at_level(logging.WARNING):
+        mamba1()
+    assert not caplog.records
