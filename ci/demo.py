@@ -1,8 +1,9 @@
-"""Embed real text in one pass and in chunks, and compare: `python -m ci.demo [--output DIR]`.
+"""Search real text, embed it in one pass and in chunks, and compare: `python -m ci.demo`.
 
-The text is Python's own documentation: its topics as documents, all topics as one text, parts of
-that text, and a text twice as long. Each embedding is made in a process of its own, which
-measures its memory; a table is printed, and a plot written.
+The text is Python's own documentation. First, questions are answered with the topics that are
+nearest to them. Then the topics are embedded as documents, all of them as one text, parts of that
+text, and longer texts, up to some hundred thousand tokens. Each of these embeddings is made in a
+process of its own, which measures its memory; a table is printed, and a plot written.
 """
 
 from __future__ import annotations
@@ -39,6 +40,18 @@ MODEL = (
     f"default model: {_CONFIG['model_type']}, {_CONFIG['num_hidden_layers']} layers of "
     f"{_CONFIG['hidden_size']}, {_CONFIG['dtype']}, on the CPU"
 )
+
+# What a newcomer may ask, in other words than the documentation's where there are some.
+QUESTIONS = [
+    "how do I define a generator",
+    "operator precedence",
+    "what happens when an error occurs",
+    "close a file automatically at the end of a block",
+    "make a copy of a part of a list",
+    "functions without a name",
+    "how are numbers shown with two decimal places",
+]
+ANSWERS = 3
 
 Embedding = Measurement[np.ndarray]
 
@@ -95,11 +108,9 @@ def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.nd
     return [np.array(ids) for ids in tokenizer(texts)["input_ids"]]
 
 
-def load_model(texts: list[str], tokens: list[np.ndarray]) -> SentenceTransformer:
-    """A model that has run once, and that finds the texts' tokens ready."""
-    import torch
+def load_model() -> SentenceTransformer:
+    """A model that has run once."""
     import transformers
-    from torch.nn.utils.rnn import pad_sequence
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -107,7 +118,15 @@ def load_model(texts: list[str], tokens: list[np.ndarray]) -> SentenceTransforme
     model = load_default_model(device="cpu")
     for size in (None, VERTICAL_CHUNK_SIZE):
         model.encode(corpus.text_of_length(4000), vertical_chunk_size=size)
+    return model
 
+
+def load_model_for(texts: list[str], tokens: list[np.ndarray]) -> SentenceTransformer:
+    """A model that has run once, and that finds the texts' tokens ready."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    model = load_model()
     ready = dict(zip(texts, tokens, strict=True))
 
     def preprocess(inputs: list[str], **_: Any) -> dict[str, torch.Tensor]:
@@ -132,6 +151,21 @@ def embed(
         return model.encode(texts, batch_size=BATCH_SIZE, vertical_chunk_size=vertical_chunk_size)
 
 
+def search(questions: list[str], model: SentenceTransformer) -> list[list[tuple[float, str]]]:
+    """For each question the titles of the topics that are nearest, and the cosines, best first."""
+    texts = [text.strip() for text in corpus.topics().values()]
+    topics = model.encode(texts, batch_size=BATCH_SIZE, vertical_chunk_size=VERTICAL_CHUNK_SIZE)
+    scores = model.encode(questions) @ topics.T
+    best = scores.argsort(1)[:, ::-1]
+    titles = [text.partition("\n")[0] for text in texts]
+    # Some topics have two names.
+    ranked = [
+        list(dict.fromkeys((float(row[at]), titles[at]) for at in order))
+        for row, order in zip(scores, best, strict=True)
+    ]
+    return [answers[:ANSWERS] for answers in ranked]
+
+
 # What runs in the demo itself.
 
 
@@ -144,6 +178,7 @@ def _texts() -> Iterator[tuple[str, list[str]]]:
     yield f"{len(topics)} topics, {BATCH_SIZE} at a time", topics
     yield "all topics as one text", [long]
     yield "topics and docstrings", [corpus.text_of_length(2 * len(long))]
+    yield "twice as much of both", [corpus.text_of_length(4 * len(long))]
 
 
 def _embedding(row: Row, kind: str, size: int | None, before: Row | None) -> Embedding | None:
@@ -169,7 +204,7 @@ def _embedding(row: Row, kind: str, size: int | None, before: Row | None) -> Emb
                 f"and {LONGEST_SECONDS} s."
             )
             return None
-    setup = partial(load_model, row.texts, row.tokens)
+    setup = partial(load_model_for, row.texts, row.tokens)
     try:
         return measure(setup, partial(embed, row.texts, name, size))
     except ChildProcessError as error:
@@ -297,7 +332,13 @@ def main() -> None:
     # Threads that wait for each other by spinning are many times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-    print(MODEL, WEIGHTS_LABEL, ABOUT, "", HEADER, sep="\n", flush=True)
+    print(MODEL, WEIGHTS_LABEL, "", sep="\n", flush=True)
+    print(f"Questions to the {len(corpus.topics())} topics of help(), and the nearest of them:")
+    found = measure(load_model, partial(search, QUESTIONS))
+    for question, answers in zip(QUESTIONS, found.result, strict=True):
+        lines = (f"    {score:.2f}  {title}" for score, title in answers)
+        print(f"\n  {question}", *lines, sep="\n")
+    print("", ABOUT, "", HEADER, sep="\n", flush=True)
     rows = []
     for row in _rows():
         print(line(row), flush=True)

@@ -1,25 +1,29 @@
 import hashlib
-import shutil
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from tolerances import COSINE
 
 import compat
 from ci import corpus
 from ci.measure import measure
-from compat import _default_model
-from compat._default_model import FOLDER, WEIGHTS, load_default_model
+from compat._default_model import FOLDER, load_default_model
 
-END, PAD = 0, 1
+END, PAD = 2, 0
 
 
 @pytest.fixture(scope="module")
 def model():
     return load_default_model(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def topic_embeddings(model):
+    texts = [text.strip() for text in corpus.topics().values()]
+    with compat.vertical_chunking():  # In one pass a batch of them would take gigabytes.
+        return model.encode(texts, batch_size=4, vertical_chunk_size=512)
 
 
 @pytest.fixture(scope="module")
@@ -71,27 +75,64 @@ def test_keyword_arguments_reach_sentence_transformers():
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
-def test_weights_in_the_folder_are_loaded_instead(model, tmp_path, monkeypatch):
-    folder = tmp_path / "trained"
-    shutil.copytree(FOLDER, folder)
-    weights = {name: weight + 1 for name, weight in model.transformers_model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, {"format": "pt"})
-    monkeypatch.setattr(_default_model, "FOLDER", folder)
-    monkeypatch.setattr(_default_model, "DEFAULT_MODEL_IS_TRAINED", True)
-    loaded = load_default_model(device="cpu").transformers_model.state_dict()
-    assert loaded.keys() == weights.keys()
-    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+def test_the_folder_is_small():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*")) <= 15e6
+
+
+def test_the_model_is_in_float32_unless_told_otherwise(model):
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    loaded = load_default_model(device="cpu", model_kwargs={"dtype": "auto"})
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("text", "like_it", "unlike_it"),
+    [
+        ("How do I delete a file?", "rm removes each given name", "plays songs from a playlist"),
+        ("a game of chess", "a board game for two players", "a server for electronic mail"),
+        ("compress an archive", "make files smaller", "draw a line between two points"),
+        ("change a password", "user accounts and their login", "the weather in the mountains"),
+    ],
+)
+def test_texts_of_like_meaning_are_closer_than_others(model, text, like_it, unlike_it):
+    first, like, unlike = model.encode([text, like_it, unlike_it], convert_to_tensor=True)
+    assert first @ like > first @ unlike + 0.1
+
+
+@pytest.mark.parametrize(
+    ("question", "topic"),
+    [
+        ("how do I define a generator", "yield"),
+        ("what happens when an error occurs", "exceptions"),
+        ("loop over a list", "for"),
+        ("import a module from a package", "import"),
+    ],
+)
+def test_a_question_finds_its_topic(model, topic_embeddings, question, topic):
+    scores = topic_embeddings @ model.encode(question)
+    names = list(corpus.topics())
+    assert topic in [names[place] for place in scores.argsort()[-3:]]
+
+
+def test_a_text_in_the_end_of_a_long_one_still_counts(model):
+    """Mean pooling sees all of a text; the teacher's window would not."""
+    long = corpus.long_text()[:20_000]
+    question, fact = "how is the soup cooked", "The soup needs two onions and a spoon of paprika. "
+    texts = [long, long + "\n\n" + 20 * fact]
+    with compat.vertical_chunking():
+        without, with_it = model.encode(texts, vertical_chunk_size=512, convert_to_tensor=True)
+    asked = model.encode(question, convert_to_tensor=True)
+    assert asked @ with_it > asked @ without
 
 
 @given(text=st.text())
-def test_decoding_gives_the_text_back(tokenizer, text):
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+def test_no_text_is_without_tokens(tokenizer, text):
+    assert tokenizer(text)["input_ids"][-1] == END
 
 
-def test_decoding_gives_real_text_back(tokenizer):
+def test_no_real_text_has_unknown_tokens(tokenizer):
     for text in corpus.topics().values():
-        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+        assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
 
 
 def test_every_text_ends_with_the_end_token_also_in_a_padded_batch(tokenizer):

@@ -1,0 +1,1 @@
+"""The default model: its data, its training and its evaluation."""

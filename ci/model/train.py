@@ -1,0 +1,427 @@
+"""Train the default model: `python -m ci.model.train`, after `python -m ci.model.data`.
+
+A small Mamba2 learns from a sentence encoder, and from what texts say of themselves. It begins
+without layers, as the mean of its tokens' embeddings, which are the teacher's of each token alone;
+then layers are put in, whose outputs are zero at first, and learn from short texts; and at last
+from long ones. Each of these stages goes on from its last checkpoint, and a stage that is done is
+not done again: delete `model-out/train` to begin anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from tqdm import tqdm
+from transformers import Mamba2Config, Mamba2Model, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+from ci.model import teacher
+from ci.model.data import OUT, Pair, pairs
+from compat import _fused
+
+SEED = 0
+VOCABULARY = 16_384
+WIDTH, LAYERS = 256, 2
+PAD, UNKNOWN, END = "[PAD]", "[UNK]", "[SEP]"
+FOLDER = OUT / "train"
+WEIGHTS = "model.safetensors"
+# The norms' epsilon. As large as the embeddings are, so that a token's weight in the mean survives
+# the last norm: it is the length of its embedding.
+EPSILON = 0.01
+NO_LIMIT = VERY_LARGE_INTEGER
+
+
+# The tokenizer, and what the tokens' embeddings begin with.
+
+
+def frequencies(texts: Iterable[str]) -> Counter[int]:
+    """How often each of the teacher's tokens comes in texts."""
+    tokenizer = teacher.load().tokenizer.backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    found: Counter[int] = Counter()
+    texts = list(texts)
+    for start in tqdm(range(0, len(texts), 1000), desc="tokens", disable=None):
+        batch = tokenizer.encode_batch_fast(texts[start : start + 1000], add_special_tokens=False)
+        for encoding in batch:
+            found.update(encoding.ids)
+    return found
+
+
+def make_tokenizer(counts: Counter[int], kept: Callable[[str], bool]) -> PreTrainedTokenizerFast:
+    """WordPiece on the teacher's most frequent tokens and all `kept`; a text ends with `END`."""
+    vocabulary = teacher.load().tokenizer.get_vocab()
+    special = [PAD, UNKNOWN, END]
+    others = [t for t in vocabulary if not re.fullmatch(r"\[(unused\d+|[A-Z]+)\]", t)]
+    others.sort(key=lambda token: (not kept(token), -counts[vocabulary[token]], token))
+    tokens = (special + others)[:VOCABULARY]
+    tokenizer = Tokenizer(
+        models.WordPiece(
+            {token: place for place, token in enumerate(tokens)},
+            unk_token=UNKNOWN,
+            continuing_subword_prefix="##",
+            max_input_chars_per_word=100,
+        )
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", pair=f"$A {END} $B:1 {END}:1", special_tokens=[(END, 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        pad_token=PAD,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def is_character(token: str) -> bool:
+    """Whether it is a character alone: kept, so that few words become unknown."""
+    return len(token.removeprefix("##")) == 1
+
+
+def basis(embeddings: Tensor) -> Tensor:
+    """The `WIDTH` directions, (384, WIDTH), that keep most of embeddings (texts, 384)."""
+    vectors: Tensor = torch.linalg.eigh(embeddings.T @ embeddings).eigenvectors
+    return vectors[:, -WIDTH:].flip(1)
+
+
+@torch.no_grad()
+def first_embeddings(tokens: list[str], counts: Counter[int], directions: Tensor) -> Tensor:
+    """(tokens, WIDTH): the teacher's embedding of each token alone, shorter the more frequent.
+
+    A smooth inverse frequency weighs them, as in Arora et al., "A simple but tough-to-beat baseline
+    for sentence embeddings" (2017).
+    """
+    model = teacher.load()
+    vocabulary = model.tokenizer.get_vocab()
+    places = torch.tensor([vocabulary[token] for token in tokens])
+    first, last = vocabulary["[CLS]"], vocabulary["[SEP]"]
+    found = []
+    for part in tqdm(places.split(512), desc="tokens alone", disable=None):
+        ids = torch.stack([torch.full_like(part, first), part, torch.full_like(part, last)], 1)
+        features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        found.append(model[1](model[0](features))["sentence_embedding"])
+    vectors = torch.cat(found)
+    vectors = (vectors - vectors.mean(0)) @ directions
+    share = torch.tensor([counts[int(place)] for place in places]) / counts.total()
+    weight = 1e-3 / (1e-3 + share)
+    weight[:3] = 0.01  # Padding, unknown, end: of no meaning, yet of some length.
+    vectors *= weight[:, None] / vectors.norm(dim=1).quantile(0.99)
+    # The norm's inverse, so that what leaves it is proportional to the vectors.
+    rms = 0.8 * vectors.norm(dim=1, keepdim=True).clamp(1e-4, 1.1)
+    wanted: Tensor = rms * math.sqrt(EPSILON) / (1 - rms.square()).sqrt()
+    return wanted * math.sqrt(WIDTH) * nn.functional.normalize(vectors)
+
+
+# The model.
+
+
+def config(layers: int) -> Mamba2Config:
+    """A Mamba2 of so many layers."""
+    return Mamba2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=layers,
+        expand=2,
+        num_heads=8,
+        head_dim=64,
+        state_size=64,
+        n_groups=1,
+        chunk_size=64,
+        use_bias=False,
+        layer_norm_epsilon=EPSILON,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=2,
+        dtype="float32",
+    )
+
+
+def make_model(folder: Path, layers: int, tokenizer: Any, weights: dict[str, Tensor]) -> None:
+    """Write a model that has these weights, and layers that add nothing where they have none."""
+    torch.manual_seed(SEED)
+    model: Any = Mamba2Model(config(layers))  # Its layers have no types of their own.
+    for layer in model.layers:
+        nn.init.zeros_(layer.mixer.out_proj.weight)
+    model.load_state_dict(weights, strict=False)
+    base = folder / "base"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    modules = [Transformer(str(base)), Pooling(WIDTH, "mean"), Normalize()]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder / "model"))
+
+
+def backbone(model: SentenceTransformer) -> Any:
+    """Its Mamba2."""
+    return model.transformers_model
+
+
+def run_on_ops(model: SentenceTransformer) -> None:
+    """Let the mixers learn on this project's op: texts begin at the first token, padding follows.
+
+    Padding can be ignored, as nothing goes back from it to the tokens.
+    """
+    for layer in backbone(model).layers:
+        layer.mixer.forward = partial(_run_on_ops, layer.mixer)
+
+
+def _run_on_ops(mixer: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    output, _state = _fused._portable(mixer, mixer.in_proj(hidden_states), None, None)
+    projected: Tensor = mixer.out_proj(output)
+    return projected
+
+
+# What is learned.
+
+
+class Distilled(nn.Module):
+    """The teacher's embedding of a text, and how alike two texts of a batch are to it."""
+
+    def __init__(self, model: SentenceTransformer, targets: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.targets = [targets]  # In a list, as it is none of the loss's weights.
+
+    def forward(self, features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """Features of one column of texts; labels are the rows of their targets."""
+        found = self.model(features[0])["sentence_embedding"]
+        wanted = self.targets[0][labels.flatten()]
+        cosine: Tensor = 1 - (found * wanted).sum(1).mean()
+        alike: Tensor = (found @ found.T - wanted @ wanted.T).square().mean()
+        return cosine + 20 * alike
+
+
+def by_length(rows: list[dict[str, Any]], size: int, column: str) -> list[dict[str, Any]]:
+    """Rows in batches of like length, which need little padding, and the batches in any order."""
+    rows = sorted(rows, key=lambda row: len(row[column]))
+    batches = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+    random.Random(SEED).shuffle(batches)
+    return [row for batch in batches for row in batch]
+
+
+def in_order(dataset: Dataset, **kwargs: Any) -> Any:
+    """A batch sampler that keeps a dataset's order."""
+    return DefaultBatchSampler(SequentialSampler(dataset), **kwargs)
+
+
+def learn(
+    stage: str,
+    model: SentenceTransformer,
+    sets: dict[str, list[dict[str, Any]]],
+    losses: Mapping[str, nn.Module],
+    batch_size: int,
+    rate: float,
+    **options: Any,
+) -> None:
+    """Run a stage with sentence-transformers' trainer, from its last checkpoint if there is one."""
+    folder = FOLDER / stage
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=batch_size,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        batch_sampler=in_order,
+        dataloader_drop_last=True,
+        save_steps=options.pop("save_steps", 100),
+        save_total_limit=1,
+        logging_steps=10,
+        seed=SEED,
+        use_cpu=True,
+        report_to="none",
+        max_grad_norm=1.0,
+        **options,
+    )
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset={name: Dataset.from_list(rows) for name, rows in sets.items()},
+        loss=dict(losses),
+    )
+    checkpoints = list((folder / "checkpoints").glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=bool(checkpoints))
+    (folder / "loss.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def as_rows(found: list[Pair], characters: int) -> list[dict[str, Any]]:
+    """Pairs as rows, the texts cut."""
+    return [{"query": pair.query, "text": pair.text[:characters]} for pair in found]
+
+
+def targets() -> tuple[Tensor, Tensor]:
+    """The directions of the student's embeddings, (384, WIDTH), and what it is taught, in them."""
+    taught = torch.from_numpy(teacher.embeddings())
+    directions = basis(taught)
+    return directions, nn.functional.normalize(taught @ directions)
+
+
+def begin(folder: Path) -> None:
+    """Write the tokenizer, and the model without layers."""
+    found = pairs(OUT, "train")
+    lines = [pair.query for pair in found if not pair.long]  # Pages have those of their beginnings.
+    counts = frequencies([*lines, *(pair.text for pair in found)])
+    tokenizer = make_tokenizer(counts, is_character)
+    places = tokenizer.get_vocab()
+    tokens = sorted(places, key=places.__getitem__)
+    weights = {
+        "embeddings.weight": first_embeddings(tokens, counts, targets()[0]),
+        "norm_f.weight": torch.ones(WIDTH),
+    }
+    make_model(folder, 0, tokenizer, weights)
+
+
+def stage_static(folder: Path) -> None:
+    """Without layers: the tokens' embeddings."""
+    if not (folder / "model").is_dir():
+        begin(folder)
+    model = SentenceTransformer(str(folder / "model"), device="cpu")
+    model.max_seq_length = 80
+    rows = by_length(as_rows(teacher.short_pairs(), 320), 256, "text")
+    sets = {"taught": taught_rows(256), "pairs": rows}
+    learn("static", model, sets, short_losses(model), 256, 3e-3, num_train_epochs=2)
+    model.max_seq_length = NO_LIMIT
+    model.save_pretrained(str(folder / "done"))
+
+
+def short_losses(model: SentenceTransformer) -> dict[str, nn.Module]:
+    """What is learned of short texts."""
+    return {
+        "taught": Distilled(model, targets()[1]),
+        "pairs": MultipleNegativesRankingLoss(model),
+    }
+
+
+def taught_rows(size: int) -> list[dict[str, Any]]:
+    """The texts that the teacher has embedded, with the rows of their embeddings."""
+    texts = teacher.texts_to_learn()
+    rows = [{"text": text, "label": place} for place, text in enumerate(texts)]
+    return by_length(rows, size, "text")
+
+
+def stage_context(folder: Path) -> None:
+    """With layers, on short texts."""
+    before = SentenceTransformer(str(FOLDER / "static" / "done"), device="cpu")
+    make_model(folder, LAYERS, before.tokenizer, backbone(before).state_dict())
+    model = SentenceTransformer(str(folder / "model"), device="cpu")
+    model.max_seq_length = 80
+    run_on_ops(model)
+    rows = by_length(as_rows(teacher.short_pairs(), 200), 64, "text")
+    sets = {"taught": taught_rows(64), "pairs": rows}
+    learn(
+        "context",
+        model,
+        sets,
+        short_losses(model),
+        64,
+        1e-4,
+        max_steps=300,
+        save_steps=50,
+        learning_rate_mapping={"embeddings": 3e-4},
+    )
+    model.max_seq_length = NO_LIMIT
+    model.save_pretrained(str(folder / "done"))
+
+
+def stage_long(folder: Path) -> None:
+    """On long texts: pages cut to some length between 500 and 4,000 tokens."""
+    model = SentenceTransformer(str(FOLDER / "context" / "done"), device="cpu")
+    model.max_seq_length = NO_LIMIT
+    run_on_ops(model)
+    draw = random.Random(SEED)
+    rows = []
+    for pair in pairs(OUT, "train"):
+        if pair.long:
+            characters = round(math.exp(draw.uniform(math.log(2_000), math.log(16_000))))
+            rows.append({"query": pair.query, "text": pair.text[:characters]})
+    draw.shuffle(rows)
+    sets = {"pages": by_length(rows, 8, "text")}
+    losses = {"pages": MultipleNegativesRankingLoss(model)}
+    learn("long", model, sets, losses, 8, 5e-5, max_steps=40, save_steps=10)
+    model.max_seq_length = NO_LIMIT
+    model.save_pretrained(str(folder / "done"))
+
+
+STAGES = {"static": stage_static, "context": stage_context, "long": stage_long}
+
+
+def plot() -> None:
+    """Draw the losses of the stages, each on its own axes: `model-out/loss.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(STAGES), figsize=(12, 3.5), layout="constrained")
+    for axis, stage in zip(axes, STAGES, strict=True):
+        path = FOLDER / stage / "loss.json"
+        history = json.loads(path.read_text()) if path.is_file() else []
+        points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+        axis.plot(*np.array(points or [(0, 0)]).T)
+        axis.set(title=stage, xlabel="step", ylabel="loss")
+        axis.grid(color="0.9")
+    figure.savefig(OUT / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+def put_in_place(first: Path, last: Path, target: Path) -> None:
+    """Write the mean of two models' weights, in float16.
+
+    The mean of the weights before and after these stages is better on other text than those after,
+    as in Wortsman et al., "Robust fine-tuning of zero-shot models" (2022).
+    """
+    shutil.copytree(last, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # As they were before texts were cut.
+        shutil.copy(FOLDER / "static" / "base" / name, target / name)
+    before, after = load_file(first / WEIGHTS), load_file(last / WEIGHTS)
+    weights = {name: ((before[name] + after[name]) / 2).half() for name in after}
+    save_file(weights, target / WEIGHTS, {"format": "pt"})
+
+
+def main() -> None:
+    """Train stage by stage."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=OUT / "model", metavar="DIR")
+    output: Path = parser.parse_args().output
+    for name, stage in STAGES.items():
+        if not (FOLDER / name / "done").is_dir():
+            (FOLDER / name).mkdir(parents=True, exist_ok=True)
+            stage(FOLDER / name)
+            plot()
+    put_in_place(FOLDER / "context" / "model", FOLDER / "long" / "done", output)
+    print(f"The model is in {output}, the losses in {OUT / 'loss.png'}")
+
+
+if __name__ == "__main__":
+    main()
