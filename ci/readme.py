@@ -1,4 +1,4 @@
-"""The parts of README.md that programs write: each stands between two markers of its name."""
+"""The parts of README.md, and of others, that programs write: each between two markers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 README = Path(__file__).parent.parent / "README.md"
 
 
-def put(section: str, text: str) -> None:
-    """Replace what stands between the two markers of a section.
+def put(section: str, text: str, path: Path | None = None) -> None:
+    """Replace what stands between the two markers of a section, by default in README.md.
 
     Raises:
         ValueError: The file does not have both markers.
     """
     begin, end = f"<!-- {section} -->", f"<!-- /{section} -->"
-    before, found_begin, rest = README.read_text().partition(begin)
+    path = path or README
+    before, found_begin, rest = path.read_text().partition(begin)
     _, found_end, after = rest.partition(end)
     if not found_begin or not found_end:
-        raise ValueError(f"{README} needs the lines {begin} and {end}: put them where it goes.")
-    README.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+        raise ValueError(f"{path} needs the lines {begin} and {end}: put them where it goes.")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")

@@ -27,12 +27,12 @@ OUT = Path("model-out")
 PAIRS = "pairs.jsonl"
 # Packages, all of Debian's main section, and the licences of their documentation.
 PACKAGES = {
-    "coreutils": "GPL-3.0-or-later",
-    "debian-policy": "GPL-2.0-or-later",
+    "coreutils": "GPL-3.0-or-later, GFDL-1.3 without invariant sections",
+    "debian-policy": "GPL-2.0-or-later, FHS",
     "developers-reference": "GPL-2.0-or-later",
     "erlang-manpages": "Apache-2.0",
     "git-man": "GPL-2.0-only",
-    "iproute2": "GPL-2.0-or-later",
+    "iproute2": "GPL-2.0-only",
     "libssl-doc": "Apache-2.0",
     "manpages": "Linux-man-pages-copyleft, GPL-2.0-or-later, BSD",
     "manpages-dev": "Linux-man-pages-copyleft, GPL-2.0-or-later, BSD",
@@ -40,9 +40,9 @@ PACKAGES = {
     "perl-doc": "Artistic-1.0-Perl or GPL-1.0-or-later",
     "postgresql-doc-15": "PostgreSQL",
     "python3.11-doc": "PSF-2.0",
-    "systemd": "LGPL-2.1-or-later",
+    "systemd": "LGPL-2.1-or-later, GPL-2.0-or-later",
     "tcl8.6-doc": "TCL",
-    "util-linux": "GPL-2.0-or-later, BSD",
+    "util-linux": "GPL-2.0-or-later, LGPL-2.1-or-later, BSD",
 }
 DESCRIPTIONS = "package descriptions"  # Each under its package's own free licence.
 HELD_OUT = frozenset({"perl-doc"})

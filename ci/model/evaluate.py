@@ -21,9 +21,10 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 import compat
+from ci import readme
 from ci.model import teacher
 from ci.model.data import HELD_OUT, OUT, Pair, pairs
-from compat._default_model import load_default_model
+from compat._default_model import FOLDER, load_default_model
 
 CHUNK = 512
 SHORT, LONG = 1200, 80  # So many pairs of a kind are used, at most.
@@ -204,11 +205,16 @@ def main() -> None:
     """Evaluate, print the table and write the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, metavar="DIR", help="the default model by default")
-    path: Path | None = parser.parse_args().model
+    parser.add_argument("--readme", action="store_true", help="write README.md and the card, too")
+    options = parser.parse_args()
+    path: Path | None = options.model
     model = SentenceTransformer(str(path), device="cpu") if path else load_default_model()
     found = evaluate(model, OUT)
     (OUT / "evaluation.json").write_text(json.dumps(found, indent=1))
-    print(table(found))
+    print(text := table(found))
+    if options.readme:
+        for file in (readme.README, FOLDER / "README.md"):
+            readme.put("evaluation", text, file)
 
 
 if __name__ == "__main__":
