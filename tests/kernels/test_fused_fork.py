@@ -129,7 +129,8 @@ def test_every_family_gives_each_row_alone(calls, model_type, case):
         settings = {"time_step_limit": (0.02, 0.1)}
     unfused = tiny_model(model_type, **settings)
     fused = tiny_model(model_type, use_fused_scan=True, **settings)
-    ids, left = tokens(3, 24), CASES[case].get("left", [0, 0, 0])
+    sizes = CASES[case]["sizes"]
+    ids, left = tokens(3, sum(sizes)), CASES[case].get("left", [0, 0, 0])
     found = in_chunks(fused, ids, **CASES[case])
     assert calls
     for row, hidden, n in zip(ids, found, left, strict=True):
