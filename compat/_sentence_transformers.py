@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -117,7 +118,12 @@ def plan() -> list[Patch]:
     if not installed() or is_native():
         return []
     try:
-        from sentence_transformers import CrossEncoder, SentenceTransformer
+        from sentence_transformers import (
+            CrossEncoder,
+            MultiVectorEncoder,
+            SentenceTransformer,
+            SparseEncoder,
+        )
         from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
         from sentence_transformers.sentence_transformer.modules import Pooling
     except ImportError as error:
@@ -136,7 +142,9 @@ def plan() -> list[Patch]:
         Dense: {"forward": _token_wise_forward},
         Normalize: {"forward": _token_wise_forward},
         Pooling: {"forward": _pooling_forward},
-        CrossEncoder: {"predict": _predict},
+        CrossEncoder: {"predict": _predict, "_parse_model_config": _warn_of_a_default},
+        MultiVectorEncoder: {"_parse_model_config": _warn_of_a_default},
+        SparseEncoder: {"_parse_model_config": _warn_of_a_default},
     }
     for owner, factories in hooks.items():
         for name in factories:
@@ -202,6 +210,21 @@ def _parse_model_config(original: Callable[..., Any]) -> Callable[..., Any]:
     def _parse_model_config(self: SentenceTransformer, model_config: dict[str, Any]) -> None:
         original(self, model_config)
         _set_default(self, model_config.get(KEYWORD))
+
+    return _parse_model_config
+
+
+def _warn_of_a_default(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _parse_model_config(self: Any, model_config: dict[str, Any]) -> None:
+        original(self, model_config)
+        if (default := model_config.get(KEYWORD)) is not None:
+            warnings.warn(
+                f"This {type(self).__name__} is stored with {KEYWORD}={default}, which is ignored: "
+                "compat's hooks serve SentenceTransformer alone. It gives what it is meant to, but "
+                "reads each text at once, in memory that grows with the text.",
+                stacklevel=2,
+            )
 
     return _parse_model_config
 

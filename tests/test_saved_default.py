@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from embedders import embedder, record_widths, text
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from stack import FORKS
 from tolerances import CHUNKED
 
@@ -129,3 +129,16 @@ def test_a_broken_default_set_without_hooks_is_refused_when_it_is_used(model):
     compat.enable_vertical_chunking()
     with pytest.raises(TypeError, match="'8'"):
         model.encode(TEXTS)
+
+
+@released_only
+def test_a_default_that_the_hooks_cannot_serve_is_said_to_be_ignored(model, tmp_path):
+    """Another encoder, as a sentence-transformers that has `vertical_chunk_size` saves it."""
+    encoder = MultiVectorEncoder(modules=[model[0]], device="cpu")
+    folder = Path(save(encoder, tmp_path))
+    MultiVectorEncoder(str(folder), device="cpu")
+    config = saved_config(folder) | {"vertical_chunk_size": 8}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
+    compat.enable_vertical_chunking()
+    with pytest.warns(UserWarning, match="MultiVectorEncoder is stored with vertical_chunk_size=8"):
+        MultiVectorEncoder(str(folder), device="cpu")
