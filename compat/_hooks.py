@@ -136,7 +136,7 @@ def _transformers_status() -> LibraryStatus:
     if reason := _transformers.probe():
         return LibraryStatus(name, _installed(name), "absent", reason)
     if _patches is not None and any(held.patched for held in family_patches()):
-        reason = "Mamba-1 and xLSTM are mended; the other models continue from their cache"
+        reason = "Mamba-1, RWKV and xLSTM are patched; the others continue from their cache"
         return LibraryStatus(name, _installed(name), "patched", reason)
     reason = "models continue from their cache; compat.iter_chunks feeds them"
     return LibraryStatus(name, _installed(name), "native", reason)
