@@ -5,6 +5,9 @@ compat's hooks, each in a process of its own; and the tests that the series adds
 what differs. Exit status 1 where a test that passed on the release does not pass on one of the
 others, or a test of the series does not pass.
 
+What is counted are names in pytest's report, where a subtest has the name of its test: the two are
+one, with the worse outcome. pytest's own last line counts the outcomes of both.
+
 The files are those that `upstream_tests` of fork.toml names. Many sdists lack most of them; a
 checkout of the library's repository, at the tag of the release or near it, has them all.
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -156,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pytest", default="", metavar="OPTIONS", help="more options for pytest")
     options = parser.parse_args(arguments)
     checkout = options.checkout and options.checkout.resolve()
-    return compared(options.library, checkout, options.files, options.pytest.split())
+    return compared(options.library, checkout, options.files, shlex.split(options.pytest))
 
 
 if __name__ == "__main__":
