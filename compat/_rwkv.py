@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from compat._family import Family
 from compat._patches import Held, Patch
+from compat._transformers import parameters
 from compat.ops._where import in_chunk, is_in_chunk, replace_released
 from compat.ops.rwkv4 import rwkv_linear_attention
 
@@ -76,7 +76,7 @@ def plan() -> list[Patch]:
 
 
 def _masks_padding(module: Any) -> bool:
-    return "attention_mask" in inspect.signature(module.RwkvSelfAttention.forward).parameters
+    return "attention_mask" in parameters(module.RwkvSelfAttention.forward)
 
 
 PATCHED = Held(plan)

@@ -38,10 +38,11 @@ def probe() -> str | None:
     return None
 
 
-def parameters(function: Callable[..., Any]) -> set[str]:
+@cache
+def parameters(function: Callable[..., Any]) -> frozenset[str]:
     """The parameters of a model's own function, whether or not `kernels` made it an object."""
     own = getattr(type(function), "forward", function)
-    return set(inspect.signature(own).parameters)
+    return frozenset(inspect.signature(own).parameters)
 
 
 def require_support() -> None:
