@@ -185,7 +185,7 @@ def lint(session):
 
 @nox.session(name="train-model", default=False)
 def train_model(session):
-    """Train the default model anew, into model-out/: half an hour, on a Debian with apt-get."""
+    """Train the default model anew, into model-out/: an hour, on a Debian 12 with apt-get."""
     install(session, "model")
     session.run("python", "-m", "ci.model.data", env=OFFLINE)
     session.run("python", "-m", "ci.model.train", *session.posargs, env=OFFLINE)

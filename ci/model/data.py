@@ -1,22 +1,26 @@
 """Text to train and evaluate the default model on: `python -m ci.model.data`.
 
 The sources are packages of Debian's main section, fetched by apt-get, which need not be installed:
-manual pages and HTML documentation, and the descriptions of all packages. Of these come pairs of
-a line that says what a text is about and the text itself, some short, some as long as a book.
+manual pages, documentation and help in HTML and Mallard, a dictionary, and the descriptions of all
+packages. Of these come pairs of a line that says what a text is about and the text itself, some
+short, some as long as a book.
 
-Pairs of one page stay together: some pages are kept for the evaluation, and so are all sources in
-`HELD_OUT`.
+Pairs of one page stay together: some pages are kept to choose by while the model is made, and
+others, which are looked at only at the end, for the evaluation; so is all of some sources.
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Literal
@@ -25,31 +29,75 @@ from tqdm import tqdm
 
 OUT = Path("model-out")
 PAIRS = "pairs.jsonl"
-# Packages, all of Debian's main section, and the licences of their documentation.
+# Packages, all of Debian's main section, and the licences of their documentation, as their files
+# /usr/share/doc/*/copyright have them.
 PACKAGES = {
+    "apache2-doc": "Apache-2.0",
+    "apt-doc": "GPL-2.0-or-later",
+    "aptitude-doc-en": "GPL-2.0-or-later",
+    "bind9-doc": "MPL-2.0",
+    "clang-14-doc": "Apache-2.0 with LLVM exceptions",
+    "cmake-doc": "BSD-3-Clause",
     "coreutils": "GPL-3.0-or-later, GFDL-1.3 without invariant sections",
+    "debian-faq": "free to copy and modify",
     "debian-policy": "GPL-2.0-or-later, FHS",
+    "debian-reference-en": "GPL-2.0-or-later",
     "developers-reference": "GPL-2.0-or-later",
+    "docutils-doc": "public domain, BSD-2-Clause",
     "erlang-manpages": "Apache-2.0",
+    "exim4-doc-html": "GPL-2.0-or-later",
+    "gap-doc": "GPL-2.0-or-later",
     "git-man": "GPL-2.0-only",
+    "gnome-user-docs": "CC-BY-SA-3.0",
+    "harden-doc": "GPL-2.0",
     "iproute2": "GPL-2.0-only",
+    "libboost1.74-doc": "BSL-1.0",
+    "libreoffice-help-en-us": "MPL-2.0",
     "libssl-doc": "Apache-2.0",
-    "manpages": "Linux-man-pages-copyleft, GPL-2.0-or-later, BSD",
-    "manpages-dev": "Linux-man-pages-copyleft, GPL-2.0-or-later, BSD",
+    "libvirt-doc": "LGPL-2.1-or-later",
+    "lilypond-doc-html": "GFDL-1.3-or-later without invariant sections",
+    "linux-doc-6.1": "GPL-2.0-only",
+    "manpages": "Linux-man-pages-copyleft, GPL, BSD, MIT",
+    "manpages-dev": "Linux-man-pages-copyleft, GPL, BSD, MIT",
+    "maxima-doc": "GPL-2.0",
+    "mutt": "GPL-2.0-or-later",
+    "nodejs-doc": "MIT",
+    "octave-doc": "GPL-3.0-or-later",
     "openssl": "Apache-2.0",
     "perl-doc": "Artistic-1.0-Perl or GPL-1.0-or-later",
+    "postfix-doc": "EPL-2.0 or IPL-1.0",
     "postgresql-doc-15": "PostgreSQL",
+    "python-celery-doc": "CC-BY-SA-4.0",
+    "python-django-doc": "BSD-3-Clause",
+    "python-pandas-doc": "BSD-3-Clause",
+    "python-pil-doc": "HPND",
+    "python-sqlalchemy-doc": "MIT",
     "python3.11-doc": "PSF-2.0",
+    "r-doc-html": "GPL-2.0",
+    "rsyslog-doc": "GPL-3.0-or-later and Apache-2.0, GFDL-1.2 without invariant sections",
+    "rust-doc": "MIT or Apache-2.0",
+    "sphinx-doc": "BSD-2-Clause",
+    "sqlite3-doc": "public domain",
+    "swi-prolog-doc": "BSD-2-Clause",
     "systemd": "LGPL-2.1-or-later, GPL-2.0-or-later",
     "tcl8.6-doc": "TCL",
     "util-linux": "GPL-2.0-or-later, LGPL-2.1-or-later, BSD",
+    "vim-doc": "Vim, OPL-1.0 without options",
+    "wireshark-doc": "GPL-2.0-or-later",
+    "wordnet-base": "WordNet-3.0",
+    "zsh-doc": "Zsh",
 }
 DESCRIPTIONS = "package descriptions"  # Each under its package's own free licence.
-HELD_OUT = frozenset({"perl-doc"})
-TEST_SHARE = 20  # One page in so many is kept for the evaluation.
-SHORT, LONG = 2000, (8_000, 400_000)  # Characters: of a short text at most, of a long one.
+DICTIONARY = "wordnet-base"
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
+
+# Sources that are all on one side: a word of the dictionary is no line about a text.
+SIDES: dict[str, Split] = {"perl-doc": "test", "tcl8.6-doc": "validation", DICTIONARY: "train"}
+SHARE = 20  # One page in so many is kept for the evaluation, and one to choose by.
+PAGES = 500  # So many files of a package are read, at most.
+# Characters: of a short text at most, of a long one, and of a long one to train on at most.
+SHORT, LONG, CUT = 2000, (8_000, 400_000), 64_000
 
 
 @dataclass(frozen=True)
@@ -73,16 +121,26 @@ class Pair:
     @property
     def split(self) -> Split:
         """Pairs of one page are on one side."""
-        digest = hashlib.sha256(f"{self.source} {self.page}".encode()).digest()
-        kept = self.source in HELD_OUT or int.from_bytes(digest[:4], "big") % TEST_SHARE == 0
-        return "test" if kept else "train"
+        if self.source in SIDES:
+            return SIDES[self.source]
+        place = _number(f"{self.source} {self.page}") % SHARE
+        return "test" if place == 0 else "validation" if place == 1 else "train"
+
+
+def _number(text: str) -> int:
+    """A number that is always the same for a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+@functools.cache
+def _read(folder: Path) -> list[Pair]:
+    with (folder / PAIRS).open() as lines:
+        return [Pair(**json.loads(line)) for line in lines]
 
 
 def pairs(folder: Path, split: Split) -> list[Pair]:
     """The pairs that `main` has written into a folder."""
-    with (folder / PAIRS).open() as lines:
-        read = [Pair(**json.loads(line)) for line in lines]
-    return [pair for pair in read if pair.split == split]
+    return [pair for pair in _read(folder) if pair.split == split]
 
 
 # Fetching.
@@ -193,26 +251,39 @@ def _arguments(rest: str) -> list[str]:
     return [quoted or bare for quoted, bare in re.findall(r'"([^"]*)"?|((?:\\ |\S)+)', rest)]
 
 
+def read_dictionary(source: str, path: Path) -> Iterator[Pair]:
+    """The words of each meaning, and what WordNet says of it."""
+    for line in path.read_text().splitlines():
+        fields, _, gloss = line.partition(" | ")
+        if len(gloss) >= 40 and not line.startswith(" "):
+            names = fields.split()[4 : 4 + 2 * int(fields.split()[3], 16) : 2]
+            query = ", ".join(re.sub(r"\(\w+\)$", "", name).replace("_", " ") for name in names)
+            yield Pair(source, query, query, gloss.strip(), long=False)
+
+
 def read_html(source: str, path: Path) -> Iterator[Pair]:
-    """A page of documentation: its sections by their titles, and the whole by its own."""
+    """A page of HTML or Mallard: its sections by their titles, and the whole by its own."""
     parser = _Sections()
     parser.feed(path.read_text(errors="replace"))
     sections = [(" ".join(t.split()), _tidy(text)) for t, text in parser.sections]
     sections = [(title, text) for title, text in sections if title]
     if not sections:
         return
-    heading = sections[0][0]
+    heading, page = sections[0][0], f"{path.parent.name}/{path.name}"
     for title, text in sections:
         query = heading if title == heading else f"{heading}: {title}"
         if len(text) >= 150 and len(query) >= 10:
-            yield Pair(source, path.name, query, text[:SHORT], long=False)
+            yield Pair(source, page, query, text[:SHORT], long=False)
     whole = "\n\n".join([sections[0][1], *(f"{t}\n\n{text}" for t, text in sections[1:])])
     if LONG[0] <= len(whole) <= LONG[1]:
-        yield Pair(source, path.name, heading, whole, long=True)
+        yield Pair(source, page, heading, whole, long=True)
 
 
 def _tidy(text: str) -> str:
     return re.sub(r"\n\s*\n+", "\n\n", re.sub(r"[ \t]+", " ", text)).strip()
+
+
+_HEADING = re.compile("h[1-5]|title")  # The latter of Mallard; HTML has it in its head.
 
 
 class _Sections(HTMLParser):
@@ -234,10 +305,12 @@ class _Sections(HTMLParser):
         if tag in self._void:
             return
         name = dict(attrs).get("class") or ""
-        left_out = tag in ("script", "style", "head", "nav") or bool(self._apart.search(name))
+        left_out = tag in ("script", "style", "head", "nav", "info") or bool(
+            self._apart.search(name)
+        )
         self._tags.append(tag)
         self._open.append(left_out or (bool(self._open) and self._open[-1]))
-        if re.fullmatch("h[1-5]", tag) and not self._open[-1]:
+        if _HEADING.fullmatch(tag) and not self._open[-1]:
             self._heading = True
             self.sections.append(("", ""))
         elif tag in ("p", "pre", "li", "dt", "dd", "tr", "div"):
@@ -248,7 +321,7 @@ class _Sections(HTMLParser):
             while self._tags.pop() != tag:
                 self._open.pop()
             self._open.pop()
-        if re.fullmatch("h[1-5]", tag):
+        if _HEADING.fullmatch(tag):
             self._heading = False
 
     def handle_data(self, data: str) -> None:
@@ -258,30 +331,64 @@ class _Sections(HTMLParser):
             self.sections[-1] = read
 
 
+_READ = re.compile(r"/man/man\d/[^/]*\.gz$|\.html$|/help/C/.*\.page$|/wordnet/data\.\w+$")
+_NOT_READ = re.compile(
+    r"index\.html$|genindex|modindex|search|whatsnew|changelog|history|release|credits|_source|_8h"
+    r"|_modules/|_static/|/(core|alloc|src|arch)/"
+    r"|/(?!en)[a-z]{2}(-[A-Za-z]{2})?/|\.(?!en)[a-z]{2}([-_]\w\w)?\.html",  # Other languages.
+    re.IGNORECASE,
+)
+
+
+def read_package(root: Path) -> list[Pair]:
+    """The pairs of an unpacked package; of a large one, of some files from all over it."""
+    source = root.name
+    found: list[Pair] = []
+    names = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
+    chosen = [n for n in names if _READ.search(n) and not _NOT_READ.search(n)]
+    chosen = [n for n in chosen if not names[n].is_symlink()]
+    chosen.sort(key=lambda name: (_number(name), name))
+    for path in map(names.__getitem__, chosen[: None if source in SIDES else PAGES]):
+        if path.suffix == ".gz":
+            found += read_manual(source, path)
+        elif source == DICTIONARY:
+            found += read_dictionary(source, path)
+        else:
+            found += read_html(source, path)
+    return found
+
+
 def read(folder: Path) -> Iterator[Pair]:
     """All pairs of what was fetched."""
     yield from read_descriptions(folder / "lists")
-    for source in PACKAGES:
-        root = folder / "text" / source
-        paths = sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
-        for path in tqdm(paths, desc=source, leave=False, disable=None):
-            if path.suffix == ".html" and not re.search("genindex|search|whatsnew", str(path)):
-                yield from read_html(source, path)
-            elif re.search(r"/man/man\d/[^/]*\.gz$", str(path)):
-                yield from read_manual(source, path)
+    roots = [folder / "text" / source for source in PACKAGES]
+    with ProcessPoolExecutor() as pool:
+        for found in tqdm(pool.map(read_package, roots), total=len(roots), disable=None):
+            yield from found
 
 
 def main() -> None:
-    """Fetch, read and write the pairs; print what there is."""
-    fetch(OUT)
-    found = list({(p.query, p.text): p for p in read(OUT)}.values())
-    with (OUT / PAIRS).open("w") as file:
-        file.writelines(json.dumps(asdict(pair)) + "\n" for pair in found)
+    """Fetch, read and write the pairs, unless they are there; print what there is."""
+    if not (OUT / PAIRS).is_file():
+        fetch(OUT)
+        found = {}
+        for pair in read(OUT):
+            if pair.long and pair.split == "train":
+                pair = replace(pair, text=pair.text[:CUT])
+            found[pair.query, pair.text] = pair
+        with (OUT / "part.jsonl").open("w") as file:
+            file.writelines(json.dumps(asdict(pair)) + "\n" for pair in found.values())
+        (OUT / "part.jsonl").rename(OUT / PAIRS)
+    splits: tuple[Split, ...] = ("train", "validation", "test")
+    counts = Counter((pair.source, pair.long, pair.split) for pair in _read(OUT))
+    print(
+        f"{'':28}{'short':>24}{'long':>24}",
+        f"{'':28}" + 2 * "".join(f"{s[:7]:>8}" for s in splits),
+        sep="\n",
+    )
     for source in (DESCRIPTIONS, *PACKAGES):
-        of = [pair for pair in found if pair.source == source]
-        counts = [f"{sum(p.long for p in of):5} long", f"{sum(not p.long for p in of):6} short"]
-        counts.append(f"{sum(p.split == 'test' for p in of):5} kept for the evaluation")
-        print(f"{source:22}", *counts)
+        cells = [counts[source, long, split] for long in (False, True) for split in splits]
+        print(f"{source:28}" + "".join(f"{count:8,}" for count in cells))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 Beside it stand its teacher, which reads 256 tokens, the teacher over windows of the whole text, and
 BM25. Each line is to find its text: `python -m ci.model.data` has kept pages for this, and a whole
-source. A table in Markdown is printed, and `model-out/evaluation.json` written.
+source. A table in Markdown is printed, and `model-out/evaluation-test.json` written.
+
+Ways to train are to be compared with `--validation`, on other pages and another source.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import bm25s
 import numpy as np
@@ -23,12 +25,12 @@ from tqdm import tqdm
 import compat
 from ci import readme
 from ci.model import teacher
-from ci.model.data import HELD_OUT, OUT, Pair, pairs
+from ci.model.data import OUT, SIDES, Pair, Split, pairs
 from compat._default_model import FOLDER, load_default_model
 
 CHUNK = 512
 SHORT, LONG = 1200, 80  # So many pairs of a kind are used, at most.
-TOKENS = (2_000, 100_000)  # Of a long text, by the student's tokenizer.
+TOKENS = (2_000, 100_000)  # Of a long text; tokens are the teacher's, here and below.
 WINDOW = 254  # Tokens; the teacher adds two.
 # A fact and a question; nothing of it is in the texts around it.
 NEEDLES = [
@@ -42,6 +44,7 @@ NEEDLES = [
     ("The patient should take the medicine after breakfast.", "When to take the medicine?"),
 ]
 LENGTHS, DEPTHS = (1_000, 4_000, 16_000), (0.1, 0.5, 0.9)
+AMONG = 40  # So many texts, at most, a text with a fact is among.
 
 Scores = Callable[[list[str], list[str]], np.ndarray]
 """Queries and texts to (queries, texts), the larger the better."""
@@ -64,13 +67,22 @@ def by_words(queries: list[str], texts: list[str]) -> np.ndarray:
 
 
 class Teacher:
-    """The teacher's embeddings, which are kept between calls of this program."""
+    """The teacher's tokens, and its embeddings, which are kept between calls of this program."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         # In bfloat16: what it finds is the same, and it takes half of the time.
         self._model = teacher.load(model_kwargs={"dtype": torch.bfloat16})
+        self._tokenizer = teacher.load().tokenizer.backend_tokenizer
+        self._tokenizer.no_truncation()
+        # Its file pads to 128 tokens, which are at no place of the text.
+        self._tokenizer.no_padding()
+
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """Where each token of a text begins and ends."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return [(int(start), int(end)) for start, end in encoding.offsets]
 
     def beginnings(self, texts: list[str]) -> np.ndarray:
         """Of 256 tokens of each."""
@@ -84,25 +96,22 @@ class Teacher:
 
     def windows(self, texts: list[str]) -> np.ndarray:
         """The mean of the windows of each, of norm 1."""
-        tokenizer = self._model.tokenizer.backend_tokenizer
-        tokenizer.no_truncation()
-        tokenizer.no_padding()  # Its file pads to 128 tokens, which are at no place of the text.
         parts, owners = [], []
-        for place, text in enumerate(texts):
-            offsets = tokenizer.encode(text, add_special_tokens=False).offsets
-            for start in range(0, len(offsets), WINDOW):
-                end = min(start + WINDOW, len(offsets)) - 1
-                parts.append(text[offsets[start][0] : offsets[end][1]])
-                owners.append(place)
+        for owner, text in enumerate(texts):
+            places = self.places(text)
+            for start in range(0, len(places), WINDOW):
+                end = min(start + WINDOW, len(places)) - 1
+                parts.append(text[places[start][0] : places[end][1]])
+                owners.append(owner)
         found = np.zeros((len(texts), 384), np.float32)
-        places = {part: place for place, part in enumerate(dict.fromkeys(parts))}
-        embeddings = self.beginnings(list(places))  # Haystacks have most windows in common.
-        np.add.at(found, owners, embeddings[[places[part] for part in parts]])
+        numbers = {part: number for number, part in enumerate(dict.fromkeys(parts))}
+        embeddings = self.beginnings(list(numbers))  # Haystacks have most windows in common.
+        np.add.at(found, owners, embeddings[[numbers[part] for part in parts]])
         return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True))
 
 
 def measures(scores: np.ndarray) -> dict[str, float]:
-    """What is found where text i is the one for query i; (texts, texts).
+    """What is found where text i is the one for query i; (queries, texts).
 
     Of texts with the same score, the one that is asked for comes last: a model that sees no
     difference has found nothing.
@@ -116,6 +125,13 @@ def measures(scores: np.ndarray) -> dict[str, float]:
     }
 
 
+class Task(NamedTuple):
+    """Lines and texts: the first is for the first line, and so on; more texts may follow."""
+
+    queries: list[str]
+    texts: list[str]
+
+
 def some(found: list[Pair], most: int) -> list[Pair]:
     """At most so many, always the same ones, in no order; one of each line and each text."""
     unique = {pair.query.lower(): pair for pair in found}
@@ -123,41 +139,56 @@ def some(found: list[Pair], most: int) -> list[Pair]:
     return sorted(unique.values(), key=lambda p: hashlib.sha256(p.query.encode()).digest())[:most]
 
 
-def haystacks(tokenizer: Any, text: str, length: int, depth: float) -> list[str]:
-    """A text of so many tokens, once for each needle, with it at that depth."""
-    offsets = tokenizer.backend_tokenizer.encode(text).offsets
-    end, middle = (offsets[round(share * length)][0] for share in (1, depth))
-    middle = text.rindex(" ", 0, middle)
-    return [f"{text[:middle]} {fact}{text[middle:end]}" for fact, _ in NEEDLES]
-
-
-def tasks(model: SentenceTransformer) -> dict[str, tuple[list[str], list[str]]]:
-    """For each task its lines, and the text for each."""
-    kept = pairs(OUT, "test")
-    out = {True: "source never seen", False: "pages never seen"}
+def tasks(from_teacher: Teacher, split: Split) -> dict[str, Task]:
+    """Lines and the texts that they are about, of sources and pages never seen."""
+    low, high = TOKENS
     found = {}
-    for long, most in ((False, SHORT), (True, LONG)):
-        for held, name in out.items():
-            of = [p for p in kept if p.long == long and (p.source in HELD_OUT) == held]
+    for kind, long, most in (("short texts", False, SHORT), ("long texts", True, LONG)):
+        for name, apart in (("source never seen", True), ("pages never seen", False)):
+            of = [p for p in pairs(OUT, split) if p.long == long and (p.source in SIDES) == apart]
             if long:
-                of = [p for p in some(of, 4 * most) if _is_long(model, p.text)]
+                some_more = some(of, 4 * most)
+                of = [p for p in some_more if low <= len(from_teacher.places(p.text)) <= high]
             of = some(of, most)
-            kind = "long texts" if long else "short texts"
-            found[f"{kind}, {name}"] = ([p.query for p in of], [p.text for p in of])
-    source = "\n\n".join(text for text in found["long texts, source never seen"][1])
-    for length in LENGTHS:
-        for depth in DEPTHS:
-            texts = haystacks(model.tokenizer, source[: 10 * length], length, depth)
-            name = f"needle in {length:,} tokens, at {depth:.0%}"
-            found[name] = ([question for _, question in NEEDLES], texts)
+            found[f"{kind}, {name}"] = Task([p.query for p in of], [p.text for p in of])
     return found
 
 
-def _is_long(model: SentenceTransformer, text: str) -> bool:
-    return TOKENS[0] <= len(model.tokenizer(text)["input_ids"]) <= TOKENS[1]
+def needles(from_teacher: Teacher, texts: list[str]) -> dict[str, Task]:
+    """Facts in long texts, for questions: in copies of one text, and each in another text."""
+    questions = [question for _, question in NEEDLES]
+    one = "\n\n".join(texts)
+    found = {}
+    for length in LENGTHS:
+        cuts = [beginning(from_teacher, text, length) for text in texts]
+        around = {
+            "copies of a text": [beginning(from_teacher, one, length)] * len(NEEDLES),
+            "different texts": [text for text in cuts if text][:AMONG],
+        }
+        for name, among in around.items():
+            for depth in DEPTHS:
+                with_facts = [
+                    with_fact(text, fact, depth)
+                    for text, (fact, _) in zip(among, NEEDLES, strict=False)
+                ]
+                task = Task(questions, with_facts + among[len(NEEDLES) :])
+                found[f"{name}, {length:,} tokens, at {depth:.0%}"] = task
+    return found
 
 
-def evaluate(model: SentenceTransformer, folder: Path) -> dict[str, dict[str, Any]]:
+def beginning(from_teacher: Teacher, text: str, length: int) -> str:
+    """So many tokens of a text; nothing of a text that has fewer."""
+    places = from_teacher.places(text[: 20 * length])
+    return text[: places[length - 1][1]] if len(places) >= length else ""
+
+
+def with_fact(text: str, fact: str, depth: float) -> str:
+    """A text with a fact after this share of it, between two words."""
+    before = text[: round(depth * len(text))].rpartition(" ")[0]
+    return f"{before} {fact}{text[len(before) :]}"
+
+
+def evaluate(model: SentenceTransformer, folder: Path, split: Split) -> dict[str, dict[str, Any]]:
     """For each task and each model what it finds."""
     from_teacher = Teacher(folder / "teacher-evaluated")
     compat.enable_vertical_chunking()
@@ -174,43 +205,60 @@ def evaluate(model: SentenceTransformer, folder: Path) -> dict[str, dict[str, An
         "teacher, over windows": by_embeddings(from_teacher.beginnings, from_teacher.windows),
         "BM25": by_words,
     }
+    todo = tasks(from_teacher, split)
+    if split == "test":
+        of_source, of_pages = (
+            todo[f"long texts, {name} never seen"] for name in ("source", "pages")
+        )
+        todo |= needles(from_teacher, of_pages.texts + of_source.texts)
     found: dict[str, dict[str, Any]] = {}
-    for task, (queries, texts) in tqdm(tasks(model).items(), desc="tasks", disable=None):
+    for task, (queries, texts) in tqdm(todo.items(), desc="tasks", disable=None):
         found[task] = {"texts": len(texts)}
         for name, scores in contenders.items():
             found[task][name] = measures(scores(queries, texts))
     return found
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """In Markdown: nDCG@10 and recall@10, and for the needles how often the right text is first."""
-    names = [name for name in next(iter(found.values())) if name != "texts"]
+SECTIONS = {
+    " never seen": ("nDCG@10 / recall@10:", ["ndcg@10", "recall@10"]),
+    "copies of a text, ": (
+        "A fact in one of some copies of a long text: how often this copy is the first of them:",
+        ["recall@1"],
+    ),
+    "different texts, ": (
+        "A fact in one of some different long texts: how often this text is the first, "
+        "and among the first ten:",
+        ["recall@1", "recall@10"],
+    ),
+}
 
-    def lines(tasks: Sequence[str], keys: Sequence[str]) -> list[str]:
-        head = ["", "texts", *names]
-        rows = [head, ["---"] * len(head)]
-        for task in tasks:
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """In Markdown, in sections."""
+    names = [name for name in next(iter(found.values())) if name != "texts"]
+    text: list[str] = []
+    for word, (title, keys) in SECTIONS.items():
+        rows = [["", "texts", *names], ["---"] * (2 + len(names))]
+        for task in (task for task in found if word in task):
             cells = [" / ".join(f"{found[task][name][key]:.4f}" for key in keys) for name in names]
             rows.append([task, str(found[task]["texts"]), *cells])
-        return ["| " + " | ".join(row) + " |" for row in rows]
-
-    needles = [task for task in found if task.startswith("needle")]
-    others = [task for task in found if task not in needles]
-    text = ["nDCG@10 / recall@10:", "", *lines(others, ["ndcg@10", "recall@10"]), ""]
-    text += ["How often the text with the fact is the first of all:", ""]
-    return "\n".join(text + lines(needles, ["recall@1"]))
+        if len(rows) > 2:
+            text += [title, "", *("| " + " | ".join(row) + " |" for row in rows), ""]
+    return "\n".join(text).strip()
 
 
 def main() -> None:
     """Evaluate, print the table and write the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, metavar="DIR", help="the default model by default")
+    parser.add_argument("--validation", action="store_true", help="on what is kept to choose by")
     parser.add_argument("--readme", action="store_true", help="write README.md and the card, too")
     options = parser.parse_args()
     path: Path | None = options.model
     model = SentenceTransformer(str(path), device="cpu") if path else load_default_model()
-    found = evaluate(model, OUT)
-    (OUT / "evaluation.json").write_text(json.dumps(found, indent=1))
+    split: Split = "validation" if options.validation else "test"
+    found = evaluate(model, OUT, split)
+    (OUT / f"evaluation-{split}.json").write_text(json.dumps(found, indent=1))
     print(text := table(found))
     if options.readme:
         for file in (readme.README, FOLDER / "README.md"):

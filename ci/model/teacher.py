@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import random
+import re
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
-from ci.model.data import OUT, Pair, pairs
+from ci.model.data import DESCRIPTIONS, DICTIONARY, OUT, pairs
 
-LINES = 20_480  # So many of them are embedded.
+LESSONS = 98_304  # So many lines and passages of their texts are embedded.
+CHARACTERS = (80, 500)  # Of a passage.
+# These are of many subjects, and so many times as much of them is taught as of another source.
+OF_ALL_SUBJECTS = {DESCRIPTIONS: 12, DICTIONARY: 8}
 _PART = 2048
 
 
@@ -29,26 +36,42 @@ def load(**kwargs: Any) -> SentenceTransformer:
     return SentenceTransformer(str(Path(found.origin).parent / "model"), device="cpu", **kwargs)
 
 
-def short_pairs() -> list[Pair]:
-    """The short pairs to train on, in an order that is always the same."""
+@functools.cache
+def lessons() -> list[tuple[str, str]]:
+    """Lines and passages of their texts, about as many of each source, in an order without order.
+
+    They are always the same.
+    """
+    draw = random.Random(0)
     found = [pair for pair in pairs(OUT, "train") if not pair.long]
-    random.Random(0).shuffle(found)
-    return found
+    draw.shuffle(found)
+    seen: Counter[str] = Counter()
+    turns = []
+    for pair in found:
+        turns.append(seen[pair.source] / OF_ALL_SUBJECTS.get(pair.source, 1))
+        seen[pair.source] += 1
+    chosen = sorted(range(len(found)), key=turns.__getitem__)[:LESSONS]
+    draw.shuffle(chosen)
+    return [(found[place].query, passage(found[place].text, draw)) for place in chosen]
 
 
-def texts_to_learn() -> list[str]:
-    """The lines whose embeddings by the teacher are learned."""
-    return [pair.query for pair in short_pairs()[:LINES]]
+def passage(text: str, draw: random.Random) -> str:
+    """Some of a text: from its beginning, or from that of any sentence, at even chances."""
+    low, high = map(math.log, CHARACTERS)
+    length = round(math.exp(draw.uniform(low, high)))
+    starts = [found.end() for found in re.finditer(r"\n\n|\. ", text[: -CHARACTERS[0]])]
+    start = draw.choice(starts) if starts and draw.random() < 0.5 else 0
+    return text[start : start + length]
 
 
 def embeddings() -> np.ndarray:
-    """The teacher's embeddings of `texts_to_learn`, (texts, 384) float32.
+    """The teacher's embeddings of `lessons`, (lessons, 2, 384) float32: of the lines, the passages.
 
     They are written part by part, and read where they are there.
     """
     folder = OUT / "teacher"
     folder.mkdir(parents=True, exist_ok=True)
-    texts = texts_to_learn()
+    texts = [text for lesson in lessons() for text in lesson]
     starts = range(0, len(texts), _PART)
     missing = [start for start in starts if not (folder / f"{start}.npy").is_file()]
     if missing:
@@ -56,8 +79,9 @@ def embeddings() -> np.ndarray:
         teacher = load(model_kwargs={"dtype": torch.bfloat16})
         for start in tqdm(missing, desc="teacher", unit_scale=_PART, unit="text", disable=None):
             part = texts[start : start + _PART]
-            found = teacher.encode(part, batch_size=64, convert_to_tensor=True)
+            learned = teacher.encode(part, batch_size=32, convert_to_tensor=True)
             # Written under another name first: what is there is whole.
-            np.save(folder / "part.npy", found.float().numpy())
+            np.save(folder / "part.npy", learned.float().numpy())
             (folder / "part.npy").rename(folder / f"{start}.npy")
-    return np.concatenate([np.load(folder / f"{start}.npy") for start in starts])
+    found = np.concatenate([np.load(folder / f"{start}.npy") for start in starts])
+    return np.asarray(found.reshape(-1, 2, 384))

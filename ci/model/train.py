@@ -1,10 +1,10 @@
 """Train the default model: `python -m ci.model.train`, after `python -m ci.model.data`.
 
 A small Mamba2 learns from a sentence encoder, and from what texts say of themselves. It begins
-without layers, as the mean of its tokens' embeddings, which are the teacher's of each token alone;
-then layers are put in, whose outputs are zero at first, and learn from short texts; and at last
-from long ones. Each of these stages goes on from its last checkpoint, and a stage that is done is
-not done again: delete `model-out/train` to begin anew.
+without layers, as the mean of its tokens' embeddings, which are the teacher's of each token alone,
+and learns from short texts and from long ones; then layers are put in, whose outputs are zero at
+first, and learn from short texts and from long ones again. Each of these stages goes on from its
+last checkpoint, and a stage that is done is not done again: delete `model-out/train` to begin anew.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import Mamba2Config, Mamba2Model, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ci.model import teacher
-from ci.model.data import OUT, Pair, pairs
+from ci.model.data import CUT, DICTIONARY, OUT, pairs
 from compat import _fused
 
 SEED = 0
@@ -54,6 +55,13 @@ WEIGHTS = "model.safetensors"
 # the last norm: it is the length of its embedding.
 EPSILON = 0.01
 NO_LIMIT = VERY_LARGE_INTEGER
+# The weights, beside that of the cosine with the teacher, of how alike texts are and of which are
+# the nearest; and what cosines are multiplied by for the latter.
+ALIKE, RANKED, SCALE = 20, 1, 20
+# A token's embedding is some 0.05 long in each direction. A layer adds the products of 512 numbers
+# of size 1, so that with the rate of the others, a step or two would drown the embeddings.
+SLOW = {"embeddings": 1e-4, "out_proj": 3e-5}
+OTHERS = 15  # Lines that a page's own is to be told apart from.
 
 
 # The tokenizer, and what the tokens' embeddings begin with.
@@ -141,7 +149,7 @@ def first_embeddings(tokens: list[str], counts: Counter[int], directions: Tensor
     # The norm's inverse, so that what leaves it is proportional to the vectors.
     rms = 0.8 * vectors.norm(dim=1, keepdim=True).clamp(1e-4, 1.1)
     wanted: Tensor = rms * math.sqrt(EPSILON) / (1 - rms.square()).sqrt()
-    return wanted * math.sqrt(WIDTH) * nn.functional.normalize(vectors)
+    return wanted * math.sqrt(WIDTH) * functional.normalize(vectors)
 
 
 # The model.
@@ -198,37 +206,54 @@ def run_on_ops(model: SentenceTransformer) -> None:
 
 
 def _run_on_ops(mixer: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    output, _state = _fused._portable(mixer, mixer.in_proj(hidden_states), None, None)
-    projected: Tensor = mixer.out_proj(output)
-    return projected
+    with torch.autocast("cpu", torch.bfloat16):  # A third faster; weights and states are float32.
+        output, _state = _fused._portable(mixer, mixer.in_proj(hidden_states), None, None)
+        projected: Tensor = mixer.out_proj(output)
+    return projected.float()
 
 
 # What is learned.
 
 
-class Distilled(nn.Module):
-    """The teacher's embedding of a text, and how alike two texts of a batch are to it."""
+class Lessons(nn.Module):
+    """The teacher's embedding of each text, and how near the others of the batch are to it."""
 
     def __init__(self, model: SentenceTransformer, targets: Tensor) -> None:
         super().__init__()
         self.model = model
         self.targets = [targets]  # In a list, as it is none of the loss's weights.
 
-    def forward(self, features: list[dict[str, Tensor]], labels: Tensor) -> Tensor:
-        """Features of one column of texts; labels are the rows of their targets."""
-        found = self.model(features[0])["sentence_embedding"]
-        wanted = self.targets[0][labels.flatten()]
-        cosine: Tensor = 1 - (found * wanted).sum(1).mean()
-        alike: Tensor = (found @ found.T - wanted @ wanted.T).square().mean()
-        return cosine + 20 * alike
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """Features of lines and of passages; labels are the rows of their targets."""
+        embeddings = [self.model(column)["sentence_embedding"] for column in sentence_features]
+        found = torch.cat(embeddings)
+        wanted = self.targets[0][labels.flatten()].transpose(0, 1).flatten(0, 1)
+        alike = functional.mse_loss(found @ found.T, wanted @ wanted.T)
+        ranked = functional.kl_div(
+            nearest(found), nearest(wanted), log_target=True, reduction="batchmean"
+        )
+        return 1 - (found * wanted).sum(1).mean() + ALIKE * alike + RANKED * ranked
 
 
-def by_length(rows: list[dict[str, Any]], size: int, column: str) -> list[dict[str, Any]]:
-    """Rows in batches of like length, which need little padding, and the batches in any order."""
-    rows = sorted(rows, key=lambda row: len(row[column]))
-    batches = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
-    random.Random(SEED).shuffle(batches)
-    return [row for batch in batches for row in batch]
+def nearest(embeddings: Tensor) -> Tensor:
+    """(texts, texts): for each text the logarithms of how near the others are, in shares of 1."""
+    cosines = embeddings @ embeddings.T
+    return (SCALE * cosines).fill_diagonal_(-1e9).log_softmax(1)  # Not to be near to itself.
+
+
+def by_length(rows: list[dict[str, Any]], size: int, times: int = 1) -> list[dict[str, Any]]:
+    """Rows, so many times, in batches of about the same length, which need little padding.
+
+    The batches come in no order, and are others each time.
+    """
+    draw, found = random.Random(SEED), []
+    for _ in range(times):
+        lengths = [len(row["text"]) * draw.uniform(0.8, 1.25) for row in rows]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        starts = list(range(0, len(rows) - size + 1, size))
+        draw.shuffle(starts)
+        found += [rows[place] for start in starts for place in order[start : start + size]]
+    return found
 
 
 def in_order(dataset: Dataset, **kwargs: Any) -> Any:
@@ -238,7 +263,6 @@ def in_order(dataset: Dataset, **kwargs: Any) -> Any:
 
 def learn(
     stage: str,
-    model: SentenceTransformer,
     sets: dict[str, list[dict[str, Any]]],
     losses: Mapping[str, nn.Module],
     batch_size: int,
@@ -250,6 +274,7 @@ def learn(
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=batch_size,
+        num_train_epochs=1,
         learning_rate=rate,
         lr_scheduler_type="cosine",
         warmup_steps=20,
@@ -264,6 +289,7 @@ def learn(
         max_grad_norm=1.0,
         **options,
     )
+    model: Any = next(iter(losses.values())).model
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
@@ -273,107 +299,119 @@ def learn(
     checkpoints = list((folder / "checkpoints").glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=bool(checkpoints))
     (folder / "loss.json").write_text(json.dumps(trainer.state.log_history))
-
-
-def as_rows(found: list[Pair], characters: int) -> list[dict[str, Any]]:
-    """Pairs as rows, the texts cut."""
-    return [{"query": pair.query, "text": pair.text[:characters]} for pair in found]
+    model.max_seq_length = NO_LIMIT
+    model.save_pretrained(str(folder / "done"))
 
 
 def targets() -> tuple[Tensor, Tensor]:
-    """The directions of the student's embeddings, (384, WIDTH), and what it is taught, in them."""
+    """The directions of the student's embeddings, (384, WIDTH), and what it is taught, in them.
+
+    The latter are (lessons, 2, WIDTH): lines and passages.
+    """
     taught = torch.from_numpy(teacher.embeddings())
-    directions = basis(taught)
-    return directions, nn.functional.normalize(taught @ directions)
+    directions = basis(taught.flatten(0, 1))
+    return directions, functional.normalize(taught @ directions, dim=-1)
 
 
-def begin(folder: Path) -> None:
-    """Write the tokenizer, and the model without layers."""
-    found = pairs(OUT, "train")
-    lines = [pair.query for pair in found if not pair.long]  # Pages have those of their beginnings.
-    counts = frequencies([*lines, *(pair.text for pair in found)])
-    tokenizer = make_tokenizer(counts, is_character)
-    places = tokenizer.get_vocab()
-    tokens = sorted(places, key=places.__getitem__)
-    weights = {
-        "embeddings.weight": first_embeddings(tokens, counts, targets()[0]),
-        "norm_f.weight": torch.ones(WIDTH),
-    }
-    make_model(folder, 0, tokenizer, weights)
+def short_rows(size: int, lessons: int, times: int) -> dict[str, list[dict[str, Any]]]:
+    """What is learned of short texts, in batches, each so many times.
+
+    "taught" is what the teacher has embedded, with the places of the embeddings; "pairs" are all
+    lines and beginnings of the texts that they are about.
+    """
+    taught = [
+        {"query": query, "text": text, "label": place}
+        for place, (query, text) in enumerate(teacher.lessons())
+    ]
+    found = [p for p in pairs(OUT, "train") if not p.long and p.source != DICTIONARY]
+    random.Random(SEED).shuffle(found)
+    rows = [{"query": pair.query, "text": pair.text[:400]} for pair in found]
+    return {"taught": by_length(taught, size, lessons), "pairs": by_length(rows, size, times)}
+
+
+def short_losses(model: SentenceTransformer, taught: Tensor) -> dict[str, nn.Module]:
+    """How it is learned."""
+    return {"taught": Lessons(model, taught), "pairs": MultipleNegativesRankingLoss(model)}
 
 
 def stage_static(folder: Path) -> None:
-    """Without layers: the tokens' embeddings."""
+    """Without layers: the tokenizer, and the tokens' embeddings."""
+    directions, taught = targets()
     if not (folder / "model").is_dir():
-        begin(folder)
+        found = pairs(OUT, "train")
+        counts = frequencies([text for p in found if not p.long for text in (p.query, p.text)])
+        tokenizer = make_tokenizer(counts, is_character)
+        places = tokenizer.get_vocab()
+        tokens = sorted(places, key=places.__getitem__)
+        weights = {
+            "embeddings.weight": first_embeddings(tokens, counts, directions),
+            "norm_f.weight": torch.ones(WIDTH),
+        }
+        make_model(folder, 0, tokenizer, weights)
     model = SentenceTransformer(str(folder / "model"), device="cpu")
-    model.max_seq_length = 80
-    rows = by_length(as_rows(teacher.short_pairs(), 320), 256, "text")
-    sets = {"taught": taught_rows(256), "pairs": rows}
-    learn("static", model, sets, short_losses(model), 256, 3e-3, num_train_epochs=2)
-    model.max_seq_length = NO_LIMIT
-    model.save_pretrained(str(folder / "done"))
+    learn("static", short_rows(256, 3, 2), short_losses(model, taught), 256, 3e-3)
 
 
-def short_losses(model: SentenceTransformer) -> dict[str, nn.Module]:
-    """What is learned of short texts."""
-    return {
-        "taught": Distilled(model, targets()[1]),
-        "pairs": MultipleNegativesRankingLoss(model),
-    }
+def page_rows(size: int, steps: int) -> list[dict[str, Any]]:
+    """Pages cut to some length between 500 and 16,000 tokens, each with its line and with others.
+
+    The others are of the same source, which are harder to tell from its own than any.
+    """
+    draw = random.Random(SEED)
+    found = [pair for pair in pairs(OUT, "train") if pair.long]
+    lines: dict[str, list[str]] = {}
+    for pair in found:
+        lines.setdefault(pair.source, []).append(pair.query)
+    rows = []
+    for pair in found:
+        others = [line for line in lines[pair.source] if line != pair.query]
+        if len(others) >= OTHERS:
+            characters = round(math.exp(draw.uniform(math.log(2_000), math.log(CUT))))
+            row = {"text": pair.text[:characters], "query": pair.query}
+            named = enumerate(draw.sample(others, OTHERS))
+            rows.append(row | {f"other {place}": line for place, line in named})
+    draw.shuffle(rows)
+    return by_length(rows[: size * steps], size)
 
 
-def taught_rows(size: int) -> list[dict[str, Any]]:
-    """The texts that the teacher has embedded, with the rows of their embeddings."""
-    texts = teacher.texts_to_learn()
-    rows = [{"text": text, "label": place} for place, text in enumerate(texts)]
-    return by_length(rows, size, "text")
+def page_loss(model: SentenceTransformer) -> MultipleNegativesRankingLoss:
+    """A page's line is to be the nearest of the lines to it, and it the nearest of the pages."""
+    return MultipleNegativesRankingLoss(
+        model, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+    )
+
+
+def stage_pages(folder: Path) -> None:
+    """Without layers, on whole pages: which tokens weigh little in a long text."""
+    model = SentenceTransformer(str(FOLDER / "static" / "done"), device="cpu")
+    learn("pages", {"pages": page_rows(16, 200)}, {"pages": page_loss(model)}, 16, 1e-3)
 
 
 def stage_context(folder: Path) -> None:
-    """With layers, on short texts."""
-    before = SentenceTransformer(str(FOLDER / "static" / "done"), device="cpu")
+    """With layers."""
+    before = SentenceTransformer(str(FOLDER / "pages" / "done"), device="cpu")
     make_model(folder, LAYERS, before.tokenizer, backbone(before).state_dict())
     model = SentenceTransformer(str(folder / "model"), device="cpu")
-    model.max_seq_length = 80
     run_on_ops(model)
-    rows = by_length(as_rows(teacher.short_pairs(), 200), 64, "text")
-    sets = {"taught": taught_rows(64), "pairs": rows}
-    learn(
-        "context",
-        model,
-        sets,
-        short_losses(model),
-        64,
-        1e-4,
-        max_steps=300,
-        save_steps=50,
-        learning_rate_mapping={"embeddings": 3e-4},
-    )
-    model.max_seq_length = NO_LIMIT
-    model.save_pretrained(str(folder / "done"))
+    sets = {name: rows[: 64 * 512] for name, rows in short_rows(64, 1, 1).items()}
+    losses = short_losses(model, targets()[1])
+    learn("context", sets, losses, 64, 3e-4, learning_rate_mapping=SLOW)
 
 
 def stage_long(folder: Path) -> None:
-    """On long texts: pages cut to some length between 500 and 4,000 tokens."""
+    """With layers, on pages."""
     model = SentenceTransformer(str(FOLDER / "context" / "done"), device="cpu")
-    model.max_seq_length = NO_LIMIT
     run_on_ops(model)
-    draw = random.Random(SEED)
-    rows = []
-    for pair in pairs(OUT, "train"):
-        if pair.long:
-            characters = round(math.exp(draw.uniform(math.log(2_000), math.log(16_000))))
-            rows.append({"query": pair.query, "text": pair.text[:characters]})
-    draw.shuffle(rows)
-    sets = {"pages": by_length(rows, 8, "text")}
-    losses = {"pages": MultipleNegativesRankingLoss(model)}
-    learn("long", model, sets, losses, 8, 5e-5, max_steps=40, save_steps=10)
-    model.max_seq_length = NO_LIMIT
-    model.save_pretrained(str(folder / "done"))
+    sets, losses = {"pages": page_rows(4, 120)}, {"pages": page_loss(model)}
+    learn("long", sets, losses, 4, 1e-4, save_steps=20, learning_rate_mapping=SLOW)
 
 
-STAGES = {"static": stage_static, "context": stage_context, "long": stage_long}
+STAGES = {
+    "static": stage_static,
+    "pages": stage_pages,
+    "context": stage_context,
+    "long": stage_long,
+}
 
 
 def plot() -> None:
@@ -395,17 +433,12 @@ def plot() -> None:
     plt.close(figure)
 
 
-def put_in_place(first: Path, last: Path, target: Path) -> None:
-    """Write the mean of two models' weights, in float16.
-
-    The mean of the weights before and after these stages is better on other text than those after,
-    as in Wortsman et al., "Robust fine-tuning of zero-shot models" (2022).
-    """
-    shutil.copytree(last, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))
-    for name in ("tokenizer.json", "tokenizer_config.json"):  # As they were before texts were cut.
+def put_in_place(done: Path, target: Path) -> None:
+    """Write a model with its weights in float16."""
+    shutil.copytree(done, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # As they were before any padding.
         shutil.copy(FOLDER / "static" / "base" / name, target / name)
-    before, after = load_file(first / WEIGHTS), load_file(last / WEIGHTS)
-    weights = {name: ((before[name] + after[name]) / 2).half() for name in after}
+    weights = {name: weight.half() for name, weight in load_file(done / WEIGHTS).items()}
     save_file(weights, target / WEIGHTS, {"format": "pt"})
 
 
@@ -419,7 +452,7 @@ def main() -> None:
             (FOLDER / name).mkdir(parents=True, exist_ok=True)
             stage(FOLDER / name)
             plot()
-    put_in_place(FOLDER / "context" / "model", FOLDER / "long" / "done", output)
+    put_in_place(FOLDER / "long" / "done", output)
     print(f"The model is in {output}, the losses in {OUT / 'loss.png'}")
 
 
