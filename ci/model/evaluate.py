@@ -74,10 +74,7 @@ class Teacher:
         self._folder = folder
         # In bfloat16: what it finds is the same, and it takes half of the time.
         self._model = teacher.load(model_kwargs={"dtype": torch.bfloat16})
-        self._tokenizer = teacher.load().tokenizer.backend_tokenizer
-        self._tokenizer.no_truncation()
-        # Its file pads to 128 tokens, which are at no place of the text.
-        self._tokenizer.no_padding()
+        self._tokenizer = teacher.tokenizer()
 
     def places(self, text: str) -> list[tuple[int, int]]:
         """Where each token of a text begins and ends."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ci.model.data import DESCRIPTIONS, DICTIONARY, OUT, pairs
@@ -34,6 +35,14 @@ def load(**kwargs: Any) -> SentenceTransformer:
             "`nox -s train-model` installs it."
         )
     return SentenceTransformer(str(Path(found.origin).parent / "model"), device="cpu", **kwargs)
+
+
+def tokenizer() -> Tokenizer:
+    """Its tokenizer, for whole texts: as it is stored, it cuts to 128 tokens, and pads to them."""
+    found: Tokenizer = load().tokenizer.backend_tokenizer
+    found.no_truncation()
+    found.no_padding()
+    return found
 
 
 @functools.cache

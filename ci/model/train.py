@@ -69,9 +69,7 @@ OTHERS = 15  # Lines that a page's own is to be told apart from.
 
 def frequencies(texts: Iterable[str]) -> Counter[int]:
     """How often each of the teacher's tokens comes in texts."""
-    tokenizer = teacher.load().tokenizer.backend_tokenizer
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = teacher.tokenizer()
     found: Counter[int] = Counter()
     texts = list(texts)
     for start in tqdm(range(0, len(texts), 1000), desc="tokens", disable=None):
@@ -228,16 +226,16 @@ class Lessons(nn.Module):
         embeddings = [self.model(column)["sentence_embedding"] for column in sentence_features]
         found = torch.cat(embeddings)
         wanted = self.targets[0][labels.flatten()].transpose(0, 1).flatten(0, 1)
-        alike = functional.mse_loss(found @ found.T, wanted @ wanted.T)
+        cosines, wanted_cosines = found @ found.T, wanted @ wanted.T
+        alike = functional.mse_loss(cosines, wanted_cosines)
         ranked = functional.kl_div(
-            nearest(found), nearest(wanted), log_target=True, reduction="batchmean"
+            nearest(cosines), nearest(wanted_cosines), log_target=True, reduction="batchmean"
         )
         return 1 - (found * wanted).sum(1).mean() + ALIKE * alike + RANKED * ranked
 
 
-def nearest(embeddings: Tensor) -> Tensor:
+def nearest(cosines: Tensor) -> Tensor:
     """(texts, texts): for each text the logarithms of how near the others are, in shares of 1."""
-    cosines = embeddings @ embeddings.T
     return (SCALE * cosines).fill_diagonal_(-1e9).log_softmax(1)  # Not to be near to itself.
 
 
