@@ -31,7 +31,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from ci import forks, matrix
-from ci.upstream_tests import FAILED, PASSED, read
+from ci.forks._tests import FAILED, PASSED, Case, read
 
 ROOT = matrix.ROOT
 WORKS, SLOWER, REFUSED, BROKEN = "works", "slower", matrix.REFUSED, "broken"
@@ -194,7 +194,7 @@ def test_rows() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "found.xml")
         command = "-m pytest -q --tb=line -n auto --dist worksteal -p no:cacheprovider"
-        command += f" -W error::FutureWarning --junitxml={report}"
+        command += f" --continue-on-collection-errors -W error::FutureWarning --junitxml={report}"
         command += f" --deselect tests/test_registry.py::{COMPLETENESS}"
         run = subprocess.run(
             [sys.executable, *command.split(), *files],
@@ -205,22 +205,27 @@ def test_rows() -> list[Row]:
         return of_tests(read(report) if report.exists() else {}, run.returncode)
 
 
-def of_tests(outcomes: dict[str, str], status: int) -> list[Row]:
-    """A row for each file of tests, from the outcomes of its tests and pytest's exit status."""
+def of_tests(cases: dict[str, Case], status: int) -> list[Row]:
+    """A row for each file of tests, from what became of its tests and pytest's exit status."""
     rows = []
     for name in TESTS:
-        module = f"tests.test_{name}"
-        own = {test: what for test, what in outcomes.items() if test.startswith(f"{module}::")}
-        failed = sorted(test for test, what in own.items() if what == FAILED)
-        passed = sum(what == PASSED for what in own.values())
+        thing, module = f"tests/test_{name}.py", f"tests.test_{name}"
+        # A file that cannot be imported is a test without a module.
+        own = {
+            test: case
+            for test, case in cases.items()
+            if test.startswith(f"{module}::") or test == f"::{module}"
+        }
+        failed = {test: case.why for test, case in own.items() if case.outcome == FAILED}
+        passed = sum(case.outcome == PASSED for case in own.values())
         if failed:
-            why = f"{len(failed)} of {len(own)} failed"
-            rows.append(Row(f"tests/test_{name}.py", BROKEN, why, "\n".join(failed)))
-        elif not passed:
-            why = f"none of its tests passed; pytest's exit status was {status}"
-            rows.append(Row(f"tests/test_{name}.py", BROKEN, why))
+            details = "\n".join(f"{test}: {why}" for test, why in sorted(failed.items()))
+            rows.append(Row(thing, BROKEN, f"{len(failed)} of {len(own)} failed", details))
+        elif passed:
+            rows.append(Row(thing, WORKS, f"{passed} passed"))
         else:
-            rows.append(Row(f"tests/test_{name}.py", WORKS, f"{passed} passed"))
+            why = f"none of its tests passed; pytest's exit status was {status}"
+            rows.append(Row(thing, BROKEN, why))
     if status and all(row.verdict == WORKS for row in rows):
         rows.append(Row("pytest", BROKEN, f"exit status {status}, though no test failed"))
     return rows
@@ -230,7 +235,7 @@ def rebase_row(library: str) -> Row:
     """The series of a library on its newest release."""
     thing = f"rebase {library}"
     try:
-        found: Any = forks.rebase(library, "newest", ROOT)
+        found = forks.rebase(library, "newest", ROOT)
     except Exception as error:  # The other libraries are to be told of all the same.
         return Row(thing, BROKEN, f"{type(error).__name__}: {error}".partition("\n")[0], str(error))
     return of_rebase(thing, found.version, found.verdict, found.text)

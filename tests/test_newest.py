@@ -8,6 +8,7 @@ import test_registry
 
 import compat
 from ci import forks, matrix, newest
+from ci.forks._tests import Case
 from ci.newest import BROKEN, REFUSED, SLOWER, WORKS, Row
 
 WARNED = "wrong, FutureWarning: `state` is deprecated"
@@ -119,8 +120,9 @@ def test_types_that_the_registry_does_not_know_are_named(monkeypatch):
 
 
 def outcomes(**others):
-    names = {f"tests.test_{name}::test_a": "passed" for name in newest.TESTS}
-    return names | {f"tests.test_{name}::test_b": outcome for name, outcome in others.items()}
+    names = {f"tests.test_{name}::test_a": Case("passed") for name in newest.TESTS}
+    more = {f"tests.test_{name}::test_b": Case(what, "why") for name, what in others.items()}
+    return names | more
 
 
 def rows_of_tests(found, status=0):
@@ -134,11 +136,18 @@ def test_tests_that_pass_work():
 
 def test_a_test_that_fails_is_named():
     (row,) = rows_of_tests(outcomes(hooks="failed"), 1)
-    name = "tests.test_hooks::test_b"
-    assert row == Row("tests/test_hooks.py", BROKEN, "1 of 2 failed", name)
+    details = "tests.test_hooks::test_b: why"
+    assert row == Row("tests/test_hooks.py", BROKEN, "1 of 2 failed", details)
 
 
-@pytest.mark.parametrize("left", [{}, {"tests.test_hooks::test_a": "skipped"}])
+def test_a_file_that_cannot_be_imported_is_broken():
+    found = outcomes() | {"::tests.test_hooks": Case("failed", "ImportError: Cache")}
+    (row,) = rows_of_tests(found, 1)
+    assert (row.thing, row.verdict) == ("tests/test_hooks.py", BROKEN)
+    assert "ImportError: Cache" in row.details
+
+
+@pytest.mark.parametrize("left", [{}, {"tests.test_hooks::test_a": Case("skipped")}])
 def test_a_file_of_which_nothing_passed_is_broken(left):
     found = {name: what for name, what in outcomes().items() if "test_hooks" not in name} | left
     (row,) = rows_of_tests(found, 2)
