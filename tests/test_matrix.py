@@ -101,6 +101,7 @@ FOUND = {
     "encode": "right",
 }
 OLD = {"versions": ["5.1.0", "6.2.0"]}
+CLAIMED = {"versions": ["5.15.0", "6.2.0"]}
 NAMED = " ".join(FOUND["versions"])
 CELLS = " | ".join(FOUND["versions"])
 REFUSED = {"mamba": "refused: no scan", "mamba2": "refused: no scan"}
@@ -120,6 +121,31 @@ REFUSED = {"mamba": "refused: no scan", "mamba2": "refused: no scan"}
             {"models": FOUND["models"] | {"mamba": "refused: no scan"}},
             [f"{NAMED}: mamba: refused: no scan"],
             f"| {CELLS} | 1 of 2, not mamba | yes |",
+        ),
+        (
+            CLAIMED | {"models": FOUND["models"] | {"mamba": "refused: no scan"}},
+            ["5.15.0 6.2.0: mamba: refused: no scan"],
+            "| 5.15.0 | 6.2.0 | 1 of 2, not mamba | yes |",
+        ),
+        (
+            CLAIMED | {"models": {"mamba": "right", "recurrent_gemma": "refused: its cache"}},
+            [],
+            "| 5.15.0 | 6.2.0 | 1 of 2, not recurrent_gemma | yes |",
+        ),
+        (
+            {"models": {"mamba": "right", "recurrent_gemma": "refused: its cache"}},
+            [f"{NAMED}: recurrent_gemma: refused: its cache"],
+            f"| {CELLS} | 1 of 2, not recurrent_gemma | yes |",
+        ),
+        (
+            CLAIMED | {"encode": "refused: no hook"},
+            ["5.15.0 6.2.0: encode: refused: no hook"],
+            "| 5.15.0 | 6.2.0 | 2 of 2 | no: no hook |",
+        ),
+        (
+            {"versions": ["5.22.2", "6.1.0"], "encode": "refused: no hook"},
+            [],
+            "| 5.22.2 | 6.1.0 | 2 of 2 | no: no hook |",
         ),
         (
             OLD | {"models": FOUND["models"] | {"mamba": "not tried, ValueError: 1"}},
@@ -147,6 +173,11 @@ REFUSED = {"mamba": "refused: no scan", "mamba2": "refused: no scan"}
         "old and right",
         "refused",
         "refused by the newest",
+        "refused by one that is claimed",
+        "refused as it is known",
+        "refused as it was known",
+        "encode refused by one that is claimed",
+        "encode refused by one that is not",
         "of another configuration",
         "not as in the newest",
         "wrong",

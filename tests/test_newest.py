@@ -54,6 +54,7 @@ FOUND = {
         ({"hooks": "wrong, left behind: Pooling.forward"}, "hooks", BROKEN),
         ({"encode": "wrong: 40 tokens at once"}, "encode", BROKEN),
         ({"fast paths": {"mamba2": "slower: another"}}, "fast path of mamba2", SLOWER),
+        ({"fast paths": {"mamba2": "wrong, 1"}}, "fast path of mamba2", BROKEN),
         ({"status": "wrong, KeyError: 1"}, "status", BROKEN),
     ],
 )
@@ -65,6 +66,12 @@ def test_a_row_for_each_thing_of_compat(change, thing, verdict):
     assert {name: found for name, found in rows.items() if found != WORKS} == (
         {thing: verdict} if thing else {}
     )
+
+
+def test_fast_paths_that_cannot_be_looked_at_are_broken():
+    rows = newest.of_compat(FOUND | {"fast paths": "wrong, AttributeError: paths"})
+    (row,) = [row for row in rows if row.verdict != WORKS]
+    assert (row.thing, row.verdict) == ("fast path of each type", BROKEN)
 
 
 def test_what_dies_is_broken(monkeypatch):
@@ -105,6 +112,18 @@ def test_a_hook_that_stays_is_not_right(monkeypatch):
         assert newest.hooks() == "wrong, left behind: Pooling.forward"
     finally:
         pooling.forward = before
+
+
+def test_a_fast_path_that_is_not_taken_or_not_known_is_slower(monkeypatch):
+    own = newest.fast_paths()
+    paths = dict.fromkeys(own, "") | {"mamba2": "its mixer is another: 0.3"}
+    del paths["jamba"]
+    monkeypatch.setattr(compat, "status", lambda: types.SimpleNamespace(paths=paths))
+    found = newest.fast_paths()
+    assert found.keys() == own.keys() > {"rwkv", "zamba2"}
+    assert found["mamba2"] == "slower: its mixer is another: 0.3"
+    assert found["jamba"].startswith("slower: compat's report does not name it")
+    assert {found[name] for name in found.keys() - {"mamba2", "jamba"}} == {"right"}
 
 
 def test_types_that_the_registry_does_not_know_are_named(monkeypatch):
