@@ -622,6 +622,14 @@ ABSENT = "ModuleNotFoundError: No module named 'absent'"
             "not run",
             f"tests not run: tests/test_a.py:2: {ABSENT}",
         ),
+        (
+            {
+                "tests/test_a.py": "import tiny.a\n\ndef test_it():\n    tiny.a.wrong()\n",
+                "tiny/a.py": "def wrong():\n    raise ValueError('of a reason')\n",
+            },
+            "broken",
+            "\n    test_it: tiny/a.py:2: ValueError: of a reason\n",
+        ),
         ({"tests/test_a.py": "import tiny.absent\n"}, "broken", "No module named 'tiny.absent'"),
         ({"tests/test_a.py": "import os\n\nos.abort()\n"}, "broken", "status -6"),
         ({"tests/test_a.py": TEST, "tests/conftest.py": "import tiny.a\n"}, "broken", "tiny.a'"),
@@ -637,6 +645,13 @@ def test_rebase_calls_right_only_what_passed(root, tree, release, files, verdict
     release("2.0", LINES)
     bring(root, tree, files)
     assert rebased(root, said) == verdict
+
+
+def test_rebase_does_not_trust_half_a_report(root, tree, release):
+    stop = "import pytest\n\ndef test_b():\n    pytest.exit('stopped')\n"
+    release("2.0", LINES)
+    bring(root, tree, {"tests/test_a.py": TEST, "tests/test_b.py": stop})
+    assert rebased(root, "tests/test_a.py (of 0003): tests not run: pytest ended") == "not run"
 
 
 def test_rebase_runs_no_test_on_a_release_that_cannot_be_imported(root, release, tested):

@@ -33,7 +33,7 @@ _IMPORT = re.compile(r"(?:No module named|cannot import name '\w+' from) '(\w+)"
 
 
 class NoReportError(ForkError):
-    """pytest ended before it wrote what became of the tests.
+    """pytest ended before it wrote what became of all tests.
 
     Attributes:
         status: What it ended with; negative, if by a signal.
@@ -157,7 +157,8 @@ def _pytest(folder: Path, environment: dict[str, str], options: list[str]) -> di
             for line in process.stdout or ():
                 lines.append(line)
                 print(line, end="", file=sys.stderr, flush=True)
-        if not report.exists():
+        # 0: all passed, 1: not all did, 5: there are none. Else a report is not the whole.
+        if process.returncode not in (0, 1, 5) or not report.exists():
             raise NoReportError(process.returncode, "".join(lines))
         return read(report)
 
