@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import re
 import tempfile
 from email.parser import BytesHeaderParser
 from importlib import metadata
@@ -116,8 +117,13 @@ def _told(ran: list[Ran], tree: Path, applied: list[str]) -> list[str]:
         of = f"{file.name} (of {', '.join(numbers)})"
         told = f"tests not run: {file.text}" if file.verdict == "not run" else file.text
         lines.append(f"{of}: {told}")
-        lines += [f"    {failure}" for failure in file.failures[:1]]
+        lines += [f"    {_inside(failure, tree)}" for failure in file.failures[:1]]
     return lines
+
+
+def _inside(failure: str, tree: Path) -> str:
+    """A failure whose place, if it is in the tree, is told from there."""
+    return re.sub(rf"(?<= )\S*{re.escape(f'{tree.parent.name}/{tree.name}')}/", "", failure)
 
 
 def _environment(tree: Path) -> str:

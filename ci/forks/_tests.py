@@ -33,7 +33,7 @@ _IMPORT = re.compile(r"(?:No module named|cannot import name '\w+' from) '(\w+)"
 
 
 class NoReportError(ForkError):
-    """pytest ended before it wrote what became of the tests.
+    """pytest ended before it wrote what became of all tests.
 
     Attributes:
         status: What it ended with; negative, if by a signal.
@@ -48,7 +48,7 @@ class NoReportError(ForkError):
 
 @dataclass(frozen=True)
 class Case:
-    """What became of a test: passed, skipped or failed, and the first line of why."""
+    """What became of a test: passed, skipped or failed, and the line that says most of why."""
 
     outcome: str
     why: str = ""
@@ -64,7 +64,7 @@ class Ran:
         verdict: "passed" if at least one test did and none failed. "not run" if none passed nor
             failed, or what failed wants a module that is not of the library.
         text: How many passed and failed, or why they were not run.
-        failures: The tests that failed, each with the first line of why.
+        failures: The tests that failed, each with where and why.
     """
 
     files: list[str]
@@ -95,8 +95,8 @@ def pytest_configure() -> None:
 
 def own_tests(tree: Path) -> list[str]:
     """The files of tests that the patches of a tree add or change."""
-    changed = git(tree, "diff", "--name-only", "--diff-filter=d", f"{start(tree)}..main", "tests")
-    return [path for path in changed.splitlines() if Path(path).match("test_*.py")]
+    there = ["diff", "--name-only", "--diff-filter=d", f"{start(tree)}..main", "--", "tests"]
+    return [path for path in git(tree, *there).splitlines() if Path(path).match("test_*.py")]
 
 
 def laid_out(library: str, tests: list[Path], sources: Path, folder: Path) -> Path:
@@ -157,7 +157,8 @@ def _pytest(folder: Path, environment: dict[str, str], options: list[str]) -> di
             for line in process.stdout or ():
                 lines.append(line)
                 print(line, end="", file=sys.stderr, flush=True)
-        if not report.exists():
+        # 0: all passed, 1: not all did, 5: there are none. Else a report is not the whole.
+        if process.returncode not in (0, 1, 5) or not report.exists():
             raise NoReportError(process.returncode, "".join(lines))
         return read(report)
 
@@ -177,10 +178,13 @@ def read(report: Path) -> dict[str, Case]:
 
 
 def _why(element: ET.Element) -> str:
-    """The line that says most of why a test was skipped or failed."""
+    """Where and why a test was skipped or failed, in a line."""
     message, text = element.get("message") or "", (element.text or "").strip()
     if not message.startswith("collection "):
-        return message.partition("\n")[0]
+        # Of the traceback, which only `--tb=short` has here, the last place outside of a library.
+        places = re.findall(r"^(\S+:\d+): in ", text, re.MULTILINE)
+        own = [place for place in places if "site-packages" not in place][-1:]
+        return ": ".join([*own, message.partition("\n")[0]])
     if match := re.search(r"^E +(\S.*)$", text, re.MULTILINE):
         return match[1]
     if match := re.search(r"'Skipped: (.*)'\)$", text):
@@ -211,10 +215,13 @@ def run_own(fork: Fork, tree: Path) -> list[Ran]:
 def _direct(fork: Fork, files: list[str], tree: Path) -> list[Ran]:
     if not files:
         return []
-    if why := _without_patches(fork, tree):
-        return [Ran([file], "not run", why) for file in files]
+    if why := _import_error(fork, tree):
+        git(tree, "checkout", "-q", start(tree))
+        released = _import_error(fork, tree)  # No fault of the patches.
+        git(tree, "checkout", "-q", "main")
+        return [Ran([file], "not run" if released else "failed", released or why) for file in files]
     try:
-        found = outcomes(fork.library, files, [tree], tree, [])
+        found = outcomes(fork.library, files, [tree], tree, ["--tb=short"])
     except NoReportError as error:
         # A crash, or a conftest.py of the series that cannot be imported, is the series' own.
         changed = git(tree, "diff", "--name-only", f"{start(tree)}..main").splitlines()
@@ -234,25 +241,15 @@ def _direct(fork: Fork, files: list[str], tree: Path) -> list[Ran]:
     return ran
 
 
-def _without_patches(fork: Fork, tree: Path) -> str:
-    """Why the release itself cannot be imported here, patches or not; empty if it can."""
-
-    def fault() -> str:
-        run = subprocess.run(
-            [sys.executable, "-P", "-c", f"import {fork.library.replace('-', '_')}"],
-            env=os.environ | _environment(fork.library, tree),
-            capture_output=True,
-            text=True,
-        )
-        return run.stderr.strip().rpartition("\n")[2] if run.returncode else ""
-
-    if not fault():
-        return ""
-    git(tree, "checkout", "-q", start(tree))
-    try:
-        return fault()
-    finally:
-        git(tree, "checkout", "-q", "main")
+def _import_error(fork: Fork, tree: Path) -> str:
+    """The last line of why the package in a tree cannot be imported; empty if it can."""
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", f"import {fork.library.replace('-', '_')}"],
+        env=os.environ | _environment(fork.library, tree),
+        capture_output=True,
+        text=True,
+    )
+    return run.stderr.strip().rpartition("\n")[2] if run.returncode else ""
 
 
 def _by(fork: Fork, runner: str, files: list[str], tree: Path) -> Ran:
@@ -260,7 +257,7 @@ def _by(fork: Fork, runner: str, files: list[str], tree: Path) -> Ran:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", _LIBRARY: fork.library, _TREE: str(tree)}
-    options = ["-p", __name__, "-k", "not test_stock", runner]
+    options = ["--tb=short", "-p", __name__, "-k", "not test_stock", runner]
     try:
         found = _pytest(fork.root, environment, options)
     except NoReportError as error:
@@ -277,7 +274,7 @@ def _judged(fork: Fork, files: list[str], found: dict[str, Case]) -> Ran:
     foreign = [
         why for why in failed.values() if (match := _IMPORT.search(why)) and match[1] not in own
     ]
-    lines = [f"{name.rpartition('::')[2]}: {why}" for name, why in failed.items()]
+    lines = [f"{name.partition('::')[2]}: {why}" for name, why in sorted(failed.items())]
     if len(failed) > len(foreign):
         return Ran(files, "failed", summary(found), lines)
     if foreign:
