@@ -1,36 +1,40 @@
 """Made futures: `python -m ci.futures` says what becomes of compat when transformers changes.
 
 The sources of the installed transformers are copied, changed in one place (`ci.mutations`) and put
-in the place of the installed ones, in a process of its own. There a tiny model of a family runs
-before `enable_vertical_chunking`, after it, and after `disable_vertical_chunking`; and it is read in
-chunks. What it computed before, in one pass, is what is right, whatever a mutation makes of it:
+in the place of the installed ones, in a process of its own. There tiny models of a family run
+before `enable_vertical_chunking`, after it, and after `disable_vertical_chunking`, and are read in
+chunks. What the mutated model gave before, in one pass, is what is right:
 
-exact    the release's forward, training, continuation and generation are as they were, and chunks
-         give what one pass gives
-slower   the same, on the released code alone: the fast path was refused
+exact    forward, training, continuation and generation of the release are as they were before, and
+         chunks give what one pass gives
+slower   the same; but chunks run on the released code, as the fast path was refused
 refused  as they were; chunks raise a VerticalChunkingError
-BROKEN   something raises that did not, or warns that did not
+BROKEN   something raises that did not, or gives a FutureWarning that it did not give
 WRONG    numbers differ
 
-Words as arguments pick the mutations and families that contain them. `--write` puts the table into
-ci/FUTURES.md. Exit status 1 where something is broken or wrong, where a mutation does not find its
-place, or where it does not do what it says: change the numbers, or leave them.
+Arguments pick the lines "mutation, family" that contain one of them. `--write` puts the table into
+ci/FUTURES.md, `--json` prints what was found. Exit status 1 where something is broken or wrong,
+where a mutation does not find its place, and where it does not do what it says: leave the numbers
+as they are, or change them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib.metadata import version
@@ -40,15 +44,19 @@ from types import FrameType, ModuleType
 from typing import Any
 
 from ci import readme
-from ci.mutations import FAMILIES, HARMLESS, MUTATIONS, UNCHANGED, Copy, DoesNotApply
+from ci.mutations import HARMLESS, MUTATIONS, UNCHANGED
+from ci.rewrite import FAMILIES, Copy, DoesNotApply
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "ci" / "FUTURES.md"
 EXACT, SLOWER, REFUSED, BROKEN, WRONG = "exact", "slower", "refused", "BROKEN", "WRONG"
-FAULTS = (BROKEN, WRONG)
+NOT_MADE = "not made"
+NOWHERE = "-"  # A mutation that a family has no place for.
+FAULTS = (BROKEN, WRONG, NOT_MADE)
 # What takes long to import, and is not mutated.
 SHARED = ["torch", "transformers.modeling_utils", "transformers.generation", "compat._hooks"]
 SHARED += ["compat._chunks", "sentence_transformers"]
+ENABLED = "after enable"
 SECONDS = 300  # For one mutation of one family; two are usual.
 # The function of compat.ops that does a family's recurrence where compat knows what it is.
 FAST = {
@@ -75,15 +83,25 @@ class Outcome:
     Attributes:
         mutation, family: Which.
         verdict: One of the five; empty where the mutation could not be made.
-        reasons: Why it is not exact; or why it could not be made.
+        reasons: Why it is not exact, or why it could not be made: what, and the verdict that it is
+            worth.
         numbers: What the model computed before enable, to see what the mutation does.
     """
 
     mutation: str
     family: str
     verdict: str = ""
-    reasons: list[str] = dataclasses.field(default_factory=list)
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
     numbers: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """By which it is picked."""
+        return f"{self.mutation}, {self.family}"
+
+    def because(self) -> list[str]:
+        """The reasons for the verdict."""
+        return [reason for reason, verdict in self.reasons.items() if verdict == self.verdict]
 
 
 class Mutated(importlib.abc.MetaPathFinder):
@@ -102,8 +120,9 @@ class Mutated(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """Where a module is; None for those that are not mutated."""
-        file = self.files.get(fullname)
-        return file and importlib.util.spec_from_file_location(fullname, file)
+        if fullname not in self.files:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self.files[fullname])
 
 
 class Trial:
@@ -191,14 +210,21 @@ class Trial:
         )
         return [output.sequences, *output.logits]
 
-    def chunks(self, size: int) -> list[Any]:
-        """compat's hidden states of both rows, with padding on the left."""
+    def chunks(self, size: int, names: set[str]) -> list[Any]:
+        """compat's hidden states of both rows, with padding on the left.
+
+        Args:
+            size: Tokens in a chunk.
+            names: The functions of compat.ops that ran are added to them.
+        """
         import compat
 
-        stream = compat.iter_chunks(
-            self.model(), input_ids=self.ids, attention_mask=self.mask, vertical_chunk_size=size
-        )
-        hidden = self.torch.cat([piece for _, piece in stream], 1)
+        model = self.model()
+        with noting_ops(names):
+            stream = compat.iter_chunks(
+                model, input_ids=self.ids, attention_mask=self.mask, vertical_chunk_size=size
+            )
+            hidden = self.torch.cat([piece for _, piece in stream], 1)
         return [row[n:] for row, n in zip(hidden, LEFT, strict=True)]
 
     def apart(self, found: list[Any], wanted: list[Any]) -> float:
@@ -230,11 +256,12 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def names_of_ops(run: Callable[[], list[Any]]) -> tuple[list[Any], set[str]]:
-    """What a function gives, and which functions of compat.ops ran."""
+@contextlib.contextmanager
+def noting_ops(names: set[str]) -> Iterator[None]:
+    """Add the names of the functions of compat.ops that run."""
     import compat.ops
 
-    folder, names = str(Path(compat.ops.__file__).parent), set()
+    folder = str(Path(compat.ops.__file__).parent)
 
     def note(frame: FrameType, event: str, _: object) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(folder):
@@ -242,7 +269,7 @@ def names_of_ops(run: Callable[[], list[Any]]) -> tuple[list[Any], set[str]]:
 
     sys.setprofile(note)
     try:
-        return run(), names
+        yield
     finally:
         sys.setprofile(None)
 
@@ -252,89 +279,93 @@ class Judge:
 
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
-        self.found: list[tuple[str, str]] = []
+        # What was found, and where.
+        self.found: dict[tuple[str, str], list[str]] = {}
         # Bit for bit, but where compat's ops may serve a pass without a cache, in their own order.
         self.probes: dict[str, tuple[Callable[[], list[Any]], float]] = {
-            "a forward": (trial.one_pass, trial.right),
-            "a forward with padding": (trial.padded, trial.right),
+            "forward": (trial.one_pass, trial.right),
+            "forward with padding": (trial.padded, trial.right),
             "training": (trial.trained, 0.0),
-            "a continuation": (trial.continued, 0.0),
-            "generate": (trial.generated, 0.0),
+            "continuation": (trial.continued, 0.0),
+            "generation": (trial.generated, 0.0),
         }
         self.alone = trial.alone()
-        self.before = {name: seen(run) for name, (run, _) in self.probes.items()}
-        for _, (found, _) in self.before.items():
+        self.before: dict[str, list[Any]] = {}
+        self.known: dict[str, set[str]] = {}
+        for name, (run, _) in self.probes.items():
+            found, self.known[name] = seen(run)
             if isinstance(found, Exception):
                 raise found  # The mutation is not one that upstream could make.
+            self.before[name] = found
 
     def numbers(self) -> list[float]:
         """What the mutated model computes in one pass, and where it continues."""
-        hidden = [self.before[name][0] for name in ("a forward", "a continuation", "generate")]
-        tensors = [hidden[0][0], hidden[1][0], hidden[2][1]]  # type: ignore[index]
+        hidden = [self.before["forward"][0], self.before["continuation"][0]]
+        tensors = [*hidden, self.before["generation"][1]]
         return [float(x) for tensor in tensors for x in tensor.flatten()[-64:]]
 
-    def verdict(self) -> str:
-        """The worst of all."""
-        verdicts = [verdict for verdict, _ in self.found]
+    def outcome(self, mutation: str) -> Outcome:
+        """All that was found, in few words."""
         worst = (WRONG, BROKEN, REFUSED, SLOWER)
-        return next((verdict for verdict in worst if verdict in verdicts), EXACT)
+        found = {verdict for verdict, _ in self.found}
+        verdict = next((verdict for verdict in worst if verdict in found), EXACT)
+        reasons = {f"{', '.join(w)}: {why}": v for (v, why), w in self.found.items()}
+        return Outcome(mutation, self.trial.copy.family, verdict, reasons, self.numbers())
 
-    def add(self, verdict: str, reason: str) -> None:
+    def add(self, verdict: str, where: str, why: str) -> None:
         """Note something."""
-        if (verdict, reason) not in self.found:
-            self.found.append((verdict, reason))
+        places = self.found.setdefault((verdict, why), [])
+        if where not in places:
+            places.append(where)
 
-    def released(self, when: str, mended: bool) -> None:
+    def released(self, when: str) -> None:
         """See whether the release does what it did before."""
         for name, (run, bound) in self.probes.items():
-            (wanted, known), (found, warned) = self.before[name], seen(run)
-            assert isinstance(wanted, list)
+            found, warned = seen(run)
             if isinstance(found, Exception):
-                self.add(BROKEN, f"{name} {when}: {said(found)}")
+                self.add(BROKEN, f"{name} {when}", said(found))
                 continue
-            error = self.trial.apart(found, wanted)
-            if name == "a continuation" and mended and error > bound:
-                # It is to be one pass then, but for a single token.
-                whole = [part[:, :24] for part in self.before["a forward"][0]]  # type: ignore[union-attr]
-                error, bound = self.trial.apart([part[:, :24] for part in found], whole), self.trial.right
-            if error > (bound if when == "after enable" else 0):
-                self.add(WRONG, f"{name} {when}: {error:.1g}")
-            if new := warned - known:
-                self.add(BROKEN, f"{name} {when} warns: {sorted(new)[0]}")
+            error = self.trial.apart(found, self.before[name])
+            enabled = when == ENABLED
+            if enabled and name == "continuation" and self.trial.copy.family in MENDED:
+                error = min(error, self.mended(found))
+                bound = self.trial.right
+            if error > (bound if enabled else 0):
+                self.add(WRONG, f"{name} {when}", f"off by {error:.0e}")
+            if new := warned - self.known[name]:
+                self.add(BROKEN, f"{name} {when}", f"warns, {sorted(new)[0]}")
 
-    def chunks(self, when: str, fast: str | None) -> None:
+    def mended(self, continued: list[Any]) -> float:
+        """How far a continuation is from one pass, but for its single token."""
+        parts = [[hidden[:1, :24] for hidden in x] for x in (continued, self.before["forward"])]
+        return self.trial.apart(parts[0], parts[1])
+
+    def chunks(self, when: str) -> None:
         """See whether chunks give what one pass gave."""
         import compat
 
+        fast = FAST.get(self.trial.copy.family)
         for size in SIZES:
             names: set[str] = set()
-
-            def run(size: int = size, names: set[str] = names) -> list[Any]:
-                found, ran = names_of_ops(lambda: self.trial.chunks(size))
-                names |= ran
-                return found
-
-            found, warned = seen(run)
+            found, warned = seen(functools.partial(self.trial.chunks, size, names))
             if isinstance(found, compat.VerticalChunkingError):
-                self.add(REFUSED, f"chunks {when}: {said(found)}")
+                self.add(REFUSED, f"chunks {when}", said(found))
             elif isinstance(found, Exception):
-                self.add(BROKEN, f"chunks {when}: {said(found)}")
+                self.add(BROKEN, f"chunks {when}", said(found))
             elif (error := self.trial.apart(found, self.alone)) > self.trial.right:
-                self.add(WRONG, f"chunks {when}: {error:.1g}")
+                self.add(WRONG, f"chunks {when}", f"off by {error:.0e}")
             elif fast and fast not in names:
-                self.add(SLOWER, f"chunks {when} without {fast}")
+                self.add(SLOWER, f"chunks {when}", f"without {fast}")
             if warned:
-                self.add(BROKEN, f"chunks {when} warn: {sorted(warned)[0]}")
+                self.add(BROKEN, f"chunks {when}", f"warns, {sorted(warned)[0]}")
 
 
 def judge(mutation: str, family: str) -> Outcome:
     """Run a mutated family in this process, in which nothing of it has been imported."""
-    outcome = Outcome(mutation, family)
     try:
         copy = MUTATIONS[mutation].applied(family)
     except DoesNotApply as error:
-        outcome.reasons.append(f"does not apply: {error}")
-        return outcome
+        return Outcome(mutation, family, NOT_MADE, {f"it does not apply: {error}": NOT_MADE})
     sys.path.append(str(ROOT / "tests"))
     import torch
     from transformers.utils import logging
@@ -343,35 +374,36 @@ def judge(mutation: str, family: str) -> Outcome:
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),  # Of arguments that are not documented.
+    ):
         mutated = Mutated(Path(folder), copy.sources)
         sys.meta_path.insert(0, mutated)
         try:
             judged = Judge(Trial(copy))
         except Exception as error:
-            outcome.reasons.append(f"does not run: {said(error)}")
-            return outcome
+            return Outcome(
+                mutation, family, NOT_MADE, {f"it does not run: {said(error)}": NOT_MADE}
+            )
         for name, file in mutated.files.items():
             assert Path(str(sys.modules[name].__file__)) == file, f"{name} is not the mutated one"
         try:
             compat.enable_vertical_chunking()
-        except Exception as error:  # Of compat's or not: other families could not be enabled either.
-            judged.add(BROKEN, f"enable: {said(error)}")
-        judged.released("after enable", family in MENDED)
-        judged.chunks("after enable", FAST.get(family))
-        compat.disable_vertical_chunking()
-        judged.released("after disable", mended=False)
-        judged.chunks("after disable", FAST.get(family))
-    outcome.verdict, outcome.numbers = judged.verdict(), judged.numbers()
-    outcome.reasons = [reason for _, reason in judged.found]
-    return outcome
+        except Exception as error:  # Of compat's or not: no other family could be enabled either.
+            judged.add(BROKEN, "enable", said(error))
+        for when in (ENABLED, "after disable"):
+            judged.released(when)
+            judged.chunks(when)
+            compat.disable_vertical_chunking()
+    return judged.outcome(mutation)
 
 
 def _answer(mutation: str, family: str, answers: Connection) -> None:
     answers.send(judge(mutation, family))
 
 
-def run(pairs: Iterable[tuple[str, str]], workers: int = 2) -> list[Outcome]:
+def run(pairs: Iterable[tuple[str, str]]) -> list[Outcome]:
     """Judge mutations of families, each in a process of its own."""
     # The server has imported what is not mutated; each process is a fork of it.
     context = multiprocessing.get_context("forkserver")
@@ -390,56 +422,56 @@ def run(pairs: Iterable[tuple[str, str]], workers: int = 2) -> list[Outcome]:
         process.join()
         return outcome
 
-    with ThreadPoolExecutor(workers) as threads:
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
         return list(threads.map(one, pairs))
 
 
 def _dead(pair: tuple[str, str], why: str) -> Outcome:
-    return Outcome(*pair, BROKEN, [why])
+    return Outcome(*pair, BROKEN, {why: BROKEN})
 
 
 def pairs(words: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """The mutations and families whose names contain all of the words; all that are unchanged."""
-    return [
-        (name, family)
-        for name, mutation in MUTATIONS.items()
-        for family in mutation.families
-        if name == UNCHANGED or all(word in f"{name} {family}" for word in words)
-    ]
+    """The mutations of families that contain one of the words; and those families unchanged."""
+    names = [(name, family) for name, m in MUTATIONS.items() for family in m.families]
+    picked = [p for p in names if not words or any(word in ", ".join(p) for word in words)]
+    families = {family for _, family in picked}
+    return [p for p in names if p in picked or (p[0] == UNCHANGED and p[1] in families)]
 
 
 def faults(outcomes: Sequence[Outcome]) -> list[str]:
     """What is broken, wrong, or not the mutation that it says it is."""
     plain = {o.family: o.numbers for o in outcomes if o.mutation == UNCHANGED}
     found = []
-    for outcome in outcomes:
-        said = f"{outcome.mutation}, {outcome.family}"
-        if outcome.verdict in FAULTS or not outcome.verdict:
-            why = "; ".join(outcome.reasons)
-            found.append(f"{said}: {outcome.verdict} {why}".replace("  ", " "))
-        if not outcome.numbers:
-            continue
-        differ = max(abs(a - b) for a, b in zip(outcome.numbers, plain[outcome.family], strict=True))
-        if (differ > 0) if MUTATIONS[outcome.mutation].kind == HARMLESS else differ < NOTICEABLE:
-            found.append(f"{said}: the mutation changes numbers by {differ:.1g}")
+    for o in outcomes:
+        if o.verdict in FAULTS:
+            found.append(f"{o.name}: {o.verdict}. {'; '.join(o.because())}")
+        if o.numbers and plain.get(o.family):
+            differ = max(abs(a - b) for a, b in zip(o.numbers, plain[o.family], strict=True))
+            harmless = MUTATIONS[o.mutation].kind == HARMLESS
+            if (differ > 0) if harmless else (differ < NOTICEABLE):
+                found.append(f"{o.name}: the mutation itself changes numbers by {differ:.0e}")
     return found
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes as Markdown, and below the table why they are not all exact."""
-    cells = {(o.mutation, o.family): o for o in outcomes}
-    lines = [f"| what changes | numbers | {' | '.join(FAMILIES)} |", "|---" * (len(FAMILIES) + 2) + "|"]
+    """The outcomes as Markdown, and below the table why something is refused."""
+    cells = {(o.mutation, o.family): o.verdict for o in outcomes}
+    lines = [
+        f"| what changes | numbers | {' | '.join(FAMILIES)} |",
+        "|---|---|" + "---|" * len(FAMILIES),
+    ]
     for name, mutation in MUTATIONS.items():
-        own = [cells.get((name, family)) for family in FAMILIES]
-        if any(own):
-            row = ["–" if o is None else o.verdict or "not made" for o in own]
+        row = [cells.get((name, family), NOWHERE) for family in FAMILIES]
+        if set(row) != {NOWHERE}:
             kind = "the same" if mutation.kind == HARMLESS else "others"
             lines.append(f"| {name} | {kind} | {' | '.join(row)} |")
-    reasons: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        if outcome.verdict == REFUSED or outcome.verdict in FAULTS:
-            for reason in outcome.reasons:
-                reasons.setdefault(reason, []).append(f"{outcome.mutation} ({outcome.family})")
+    refused: dict[str, list[str]] = {}
+    for o in outcomes:
+        if o.verdict == REFUSED:
+            refused.setdefault("; ".join(o.because()), []).append(o.name)
+    if refused:
+        lines += ["", "Refused:", ""]
+        lines += [f"- {'; '.join(names)}: {reason}" for reason, names in refused.items()]
     return "\n".join(lines)
 
 
@@ -450,20 +482,18 @@ def versions() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table, write it if asked to, and return the exit status."""
-    words = [word for word in arguments if not word.startswith("--")]
-    outcomes = run(pairs(words), min(2, os.cpu_count() or 1))
+    words = [argument for argument in arguments if not argument.startswith("--")]
+    if words and "--write" in arguments:
+        print("--write is about the whole table: leave out what picks lines.", file=sys.stderr)
+        return 2
+    outcomes = run(pairs(words))
     if "--json" in arguments:
         print(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
-        return 0
-    print(table(outcomes))
+    else:
+        print(table(outcomes))
     if "--write" in arguments:
-        if words:
-            raise SystemExit("Found words beside --write; needed: the whole table. Leave them out.")
         readme.put("futures", f"{versions()}\n\n{table(outcomes)}", TABLE)
     found = faults(outcomes)
-    for outcome in outcomes:
-        if outcome.verdict == REFUSED:
-            print(f"{outcome.mutation}, {outcome.family}: {outcome.reasons[0]}", file=sys.stderr)
     for fault in found:
         print(fault, file=sys.stderr)
     return int(bool(found))

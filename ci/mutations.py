@@ -1,285 +1,19 @@
-"""What the next transformers may do to a model: its installed sources, with one change each.
-
-A mutation is written for a `Copy` of the sources of one family. It names the place that it changes;
-where that place is not found as often as expected, `DoesNotApply` is raised, so that no source is
-ever taken for mutated that is not.
-"""
+"""What the next transformers may do to a model: one change each, of its installed sources."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ci.rewrite import FAMILIES, Copy, DoesNotApply, arguments, find
 
 HARMLESS, MEANING = "harmless", "meaning"
-
-
-class DoesNotApply(Exception):
-    """The installed sources do not have the place that a mutation is about."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the parts of a family's modeling module are called.
-
-    Attributes:
-        mixer, block, body, head: The recurrent layer, what holds it, the model, the language model.
-        scan: The function of the recurrence.
-        output: The class of what the model returns; None where it is one that others share.
-        states: What a state may be called in a forward and in an output.
-        carriers: The classes through which the state is handed on, from the model to the layers.
-        calls: The calls with which they do that.
-    """
-
-    mixer: str
-    block: str
-    body: str
-    head: str
-    scan: str
-    output: str | None
-    states: tuple[str, ...]
-    carriers: tuple[str, ...]
-    calls: tuple[str, ...]
-
-
-_CACHES = ("cache", "cache_params", "past_key_values")
-FAMILIES = {
-    "mamba2": Parts(
-        "Mamba2Mixer",
-        "Mamba2Block",
-        "Mamba2Model",
-        "Mamba2ForCausalLM",
-        "mamba2_chunk_scan",
-        "Mamba2Output",
-        _CACHES,
-        ("Mamba2Mixer", "Mamba2Block", "Mamba2Model"),
-        ("self.mixer", "mixer_block"),
-    ),
-    "mamba": Parts(
-        "MambaMixer",
-        "MambaBlock",
-        "MambaModel",
-        "MambaForCausalLM",
-        "mamba_selective_scan",
-        "MambaOutput",
-        _CACHES,
-        ("MambaMixer", "MambaBlock", "MambaModel"),
-        ("self.mixer", "mixer_block"),
-    ),
-    "bamba": Parts(
-        "BambaMixer",
-        "BambaDecoderLayer",
-        "BambaModel",
-        "BambaForCausalLM",
-        "mamba2_chunk_scan",
-        None,
-        _CACHES,
-        ("BambaMixer", "BambaAttention", "BambaDecoderLayer", "BambaModel"),
-        ("self.mamba", "self.self_attn", "decoder_layer"),
-    ),
-    "rwkv": Parts(
-        "RwkvSelfAttention",
-        "RwkvBlock",
-        "RwkvModel",
-        "RwkvForCausalLM",
-        "rwkv_linear_attention",
-        "RwkvOutput",
-        ("state",),
-        ("RwkvSelfAttention", "RwkvFeedForward", "RwkvBlock", "RwkvModel"),
-        ("self.attention", "self.feed_forward", "self.extract_key_value", "block"),
-    ),
-    "xlstm": Parts(
-        "xLSTMLayer",
-        "xLSTMBlock",
-        "xLSTMModel",
-        "xLSTMForCausalLM",
-        "xLSTMBackend.forward",
-        "xLSTMOutput",
-        _CACHES,
-        ("xLSTMModel",),
-        (),
-    ),
-}
 MAMBA2 = ("mamba2", "bamba")
 MAMBAS = ("mamba2", "mamba", "bamba")
 SCANS = (*MAMBAS, "rwkv")
 ALL = tuple(FAMILIES)
-
-
-@dataclass
-class Copy:
-    """The sources of a family, to be mutated.
-
-    Attributes:
-        family: Its model type.
-        sources: The modules that differ from the installed ones, by name.
-        argument, output: What the model calls its state, going in and coming out.
-    """
-
-    family: str
-    sources: dict[str, str] = field(default_factory=dict)
-    argument: str = ""
-    output: str = ""
-
-    def __post_init__(self) -> None:
-        spec = find_spec(self.module)
-        assert spec is not None
-        assert spec.origin is not None
-        self.text = Path(spec.origin).read_text(encoding="utf-8")
-        (body,) = find(ast.parse(self.text), f"{self.parts.body}.forward")
-        names = [argument.arg for argument in arguments(body) if argument.arg in self.parts.states]
-        if len(names) != 1:
-            raise DoesNotApply(f"{self.parts.body}.forward takes its state as {names}")
-        self.argument = self.output = names[0]
-
-    @property
-    def parts(self) -> Parts:
-        """What its parts are called."""
-        return FAMILIES[self.family]
-
-    @property
-    def module(self) -> str:
-        """The name of its modeling module."""
-        return f"transformers.models.{self.family}.modeling_{self.family}"
-
-    @property
-    def text(self) -> str:
-        """The modeling module's source."""
-        return self.sources[self.module]
-
-    @text.setter
-    def text(self, text: str) -> None:
-        self.sources[self.module] = text
-
-    def span(self, where: str) -> tuple[int, int]:
-        """The lines of a class or function, decorators included: the first, and the one after."""
-        nodes = find(ast.parse(self.text), where)
-        if len(nodes) != 1:
-            raise DoesNotApply(f"{self.module} has {len(nodes)} {where}")
-        node = nodes[0]
-        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-        assert node.end_lineno is not None
-        return first - 1, node.end_lineno
-
-    def sub(self, where: str, pattern: str, new: str, times: int = 1) -> None:
-        """Replace what a pattern matches in a class or function; so often, and no more."""
-        lines = self.text.splitlines(keepends=True)
-        first, last = self.span(where)
-        inside, found = re.subn(pattern, new, "".join(lines[first:last]), flags=re.MULTILINE)
-        if found != times:
-            raise DoesNotApply(f"{self.module}: {where} has {pattern!r} {found} times, not {times}")
-        self.text = "".join([*lines[:first], inside, *lines[last:]])
-
-    def swap(self, where: str, old: str, new: str, times: int = 1) -> None:
-        """Replace a text in a class or function; so often, and no more."""
-        self.sub(where, re.escape(old), new.replace("\\", r"\\"), times)
-
-    def rename(
-        self, names: Collection[str], new: str, within: Collection[str], calls: Collection[str] = ()
-    ) -> None:
-        """Rename variables and parameters.
-
-        Args:
-            names: What they are called.
-            new: What they are to be called.
-            within: The classes and functions in which they are.
-            calls: Functions, as they are called, whose keyword arguments are renamed.
-        """
-        tree = ast.parse(self.text)
-        places: set[tuple[int, int, str]] = set()
-        for where in within:
-            nodes = find(tree, where)
-            own = {place for node in nodes for place in variables(node, names)}
-            if not own:
-                raise DoesNotApply(f"{self.module}: {where} has no {', '.join(names)}")
-            places |= own
-        for function in calls:
-            own = set(keywords(tree, function, names))
-            if not own:
-                raise DoesNotApply(f"{self.module}: nobody calls {function} with {names}")
-            places |= own
-        self._write(places, new)
-
-    def rename_read(self, where: str, names: Collection[str], new: str) -> None:
-        """Rename the attribute that is read from a variable whose name ends in "outputs"."""
-        places = {
-            (node.end_lineno, node.end_col_offset - len(node.attr), node.attr)
-            for scope in find(ast.parse(self.text), where)
-            for node in ast.walk(scope)
-            if isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id.endswith("outputs")
-            and node.attr in names
-            and node.end_lineno is not None
-            and node.end_col_offset is not None
-        }
-        if not places:
-            raise DoesNotApply(f"{self.module}: {where} reads no {', '.join(names)}")
-        self._write(places, new)
-
-    def _write(self, places: set[tuple[int, int, str]], new: str) -> None:
-        lines = [line.encode() for line in self.text.splitlines(keepends=True)]
-        for line, column, old in sorted(places, reverse=True):
-            text = lines[line - 1]
-            assert text[column : column + len(old)] == old.encode()
-            lines[line - 1] = text[:column] + new.encode() + text[column + len(old) :]
-        self.text = b"".join(lines).decode()
-
-    def bring_in(self, line: str) -> None:
-        """Add an import."""
-        pattern = rf"^(from \.configuration_{self.family} import .*)$"
-        self.text, found = re.subn(pattern, rf"{line}\n\1", self.text, flags=re.MULTILINE)
-        if found != 1:
-            raise DoesNotApply(f"{self.module} imports its configuration {found} times")
-
-
-Definition = ast.ClassDef | ast.FunctionDef
-
-
-def find(tree: ast.AST, where: str) -> list[Definition]:
-    """The classes and functions of that name, of which a dot leads into a class."""
-    name, _, rest = where.partition(".")
-    found = [
-        node for node in _definitions(tree) if isinstance(node, Definition) and node.name == name
-    ]
-    return [inner for node in found for inner in find(node, rest)] if rest else found
-
-
-def _definitions(tree: ast.AST) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, Definition):
-            yield node
-        elif isinstance(node, ast.If):
-            yield from _definitions(node)
-
-
-def arguments(function: ast.AST) -> list[ast.arg]:
-    """The parameters of a function, but for those with stars."""
-    assert isinstance(function, ast.FunctionDef)
-    return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-
-
-def variables(tree: ast.AST, names: Collection[str]) -> Iterator[tuple[int, int, str]]:
-    """Line, column and name of each use of a variable or parameter."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg) and node.arg in names:
-            yield node.lineno, node.col_offset, node.arg
-        elif isinstance(node, ast.Name) and node.id in names:
-            yield node.lineno, node.col_offset, node.id
-
-
-def keywords(
-    tree: ast.AST, function: str, names: Collection[str]
-) -> Iterator[tuple[int, int, str]]:
-    """Line, column and name of the keyword arguments in the calls of a function."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == function:
-            for keyword in node.keywords:
-                if keyword.arg in names:
-                    yield keyword.lineno, keyword.col_offset, str(keyword.arg)
 
 
 @dataclass(frozen=True)
@@ -368,7 +102,7 @@ def _rename_output(copy: Copy, new: str) -> None:
         lines.insert(start, f"@dataclass\nclass {output}(ModelOutput):\n{text}\n\n")
         copy.text = "".join(lines)
     copy.rename((copy.output,), new, [output], [output])
-    copy.rename_read(copy.parts.head, (copy.output,), new)
+    copy.rename_read(f"{copy.parts.head}.forward", (copy.output,), new)
     copy.output = new
 
 
@@ -494,7 +228,9 @@ def _scan_reordered(copy: Copy) -> None:
         copy.sub(f"{parts.mixer}.forward", r"^( +key,\n)( +value,\n)", r"\2\1")
     else:
         copy.sub(parts.scan, r"^( +B: .*\n)( +C: .*\n)", r"\2\1")
-        call = r"^( +B\.(?:view|transpose)\(.*\n)( +C\.(?:view|transpose)\(.*\n)(?=(?: +chunk| +D=))"
+        call = (
+            r"^( +B\.(?:view|transpose)\(.*\n)( +C\.(?:view|transpose)\(.*\n)(?=(?: +chunk| +D=))"
+        )
         copy.sub(f"{parts.mixer}.forward", call, r"\2\1")
 
 
@@ -502,10 +238,10 @@ def _scan_reordered(copy: Copy) -> None:
 def _scan_keyword_only(copy: Copy) -> None:
     parts = copy.parts
     if copy.family == "rwkv":
-        names = "time_decay", "time_first", "key", "value"
+        names = ["time_decay", "time_first", "key", "value"]
         copy.swap(parts.scan, f"def {parts.scan}(", f"def {parts.scan}(*, ")
     else:
-        names = "hidden_states", "dt", "A", "B", "C"
+        names = ["hidden_states", "dt", "A", "B", "C"]
         copy.sub(parts.scan, r"^( +)(hidden_states: torch)", r"\1*,\n\1\2")
     pattern = rf"({parts.scan}\(\n)" + r"( +)(.*,\n)" * len(names)
     new = r"\1" + "".join(rf"\{2 * n + 2}{name}=\{2 * n + 3}" for n, name in enumerate(names))
@@ -529,7 +265,9 @@ def _mixer_takes(copy: Copy, value: str) -> None:
         call = r"(self\.(?:mixer|mamba)\([^)]*?attention_mask=attention_mask)"
         copy.sub(f"{parts.block}.forward", call, rf"\1, scale={value}")
         copy.sub(forward, r"^( +)(attention_mask: .*\n)", r"\1\2\1scale=None,\n")
-        copy.swap(forward, "return contextualized_states", f"return contextualized_states * {factor}")
+        copy.swap(
+            forward, "return contextualized_states", f"return contextualized_states * {factor}"
+        )
 
 
 @mutation("a new argument for the mixer, None", HARMLESS, ALL)
@@ -552,15 +290,15 @@ def _scan_takes(copy: Copy, value: str) -> None:
     elif copy.family == "xlstm":
         copy.sub(parts.scan, r"^( +)(m_initial: torch.*\n)", r"\1\2\1scale=None,\n")
         copy.swap(forward, "m_initial=m_initial,", f"m_initial=m_initial, scale={value},")
-        copy.sub(
-            parts.scan, r"^( +)(if mode is None:)", r"\1value = value * (scale or 1.0)\n\1\2"
-        )
+        copy.sub(parts.scan, r"^( +)(if mode is None:)", r"\1value = value * (scale or 1.0)\n\1\2")
     else:
         name, result, before = {
             "mamba": ("return_last_state", "scan_output", "D"),
         }.get(copy.family, ("return_final_states", "output", "D_residual"))
         copy.sub(parts.scan, rf"^( +)({name}: .*\n)", r"\1\2\1scale=None,\n")
-        copy.swap(forward, f"{name}=output_final_state,", f"{name}=output_final_state, scale={value},")
+        copy.swap(
+            forward, f"{name}=output_final_state,", f"{name}=output_final_state, scale={value},"
+        )
         copy.sub(
             parts.scan,
             rf"^( +)(if {before} is not None:\n +{result} = )",
@@ -673,7 +411,9 @@ def _no_skip(copy: Copy) -> None:
         copy.swap(copy.parts.scan, "if D is not None:", "if False:")
     else:
         copy.swap(copy.parts.scan, "if D_residual is not None:", "if False:")
-    step = {"mamba": "mamba_selective_state_update"}.get(copy.family, "mamba2_selective_state_update")
+    step = {"mamba": "mamba_selective_state_update"}.get(
+        copy.family, "mamba2_selective_state_update"
+    )
     copy.swap(step, "if D is not None:", "if False:")
 
 
