@@ -12,10 +12,10 @@ refused  as they were; chunks raise a VerticalChunkingError
 BROKEN   something raises that did not, or gives a FutureWarning that it did not give
 WRONG    numbers differ
 
-Arguments pick the lines "mutation, family" that contain one of them. `--write` puts the table into
-ci/FUTURES.md, `--json` prints what was found. Exit status 1 where something is broken or wrong,
-where a mutation does not find its place, and where it does not do what it says: leave the numbers
-as they are, or change them.
+Arguments are regular expressions, of which one must be found in "mutation, family". `--write` puts
+the table into ci/FUTURES.md, `--json` prints what was found. Exit status 1 where something is
+broken or wrong, where a mutation does not find its place, and where it does not do what it says:
+leave the numbers as they are, or change them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -67,6 +68,7 @@ FAST = {
 }
 # A limit that tokens reach, on both sides.
 LIMIT = {"time_step_limit": (0.03, 0.1)}
+BESIDE = "lfm2"  # A family that nothing is done to.
 OVERRIDES: dict[str, dict[str, Any]] = {"mamba2": LIMIT, "bamba": LIMIT}
 # The released scan of these begins a chunk of several tokens from zero; enable mends it.
 MENDED = {"mamba"}
@@ -359,6 +361,23 @@ class Judge:
             if warned:
                 self.add(BROKEN, f"chunks {when}", f"warns, {sorted(warned)[0]}")
 
+    def another(self, when: str) -> None:
+        """See whether a family that nothing was done to is still read in chunks."""
+        import compat
+
+        where, torch = f"chunks of {BESIDE} {when}", self.trial.torch
+        model, ids = self.trial.families.tiny_model(BESIDE), self.trial.ids
+        with torch.no_grad():
+            whole = model(ids, use_cache=False)[0]
+        try:
+            stream = compat.iter_chunks(model, input_ids=ids, vertical_chunk_size=SIZES[0])
+            error = self.trial.apart([torch.cat([piece for _, piece in stream], 1)], [whole])
+        except Exception as failure:  # A refusal, too: nothing was done to it.
+            self.add(BROKEN, where, said(failure))
+        else:
+            if error > self.trial.right:
+                self.add(WRONG, where, f"off by {error:.0e}")
+
 
 def judge(mutation: str, family: str) -> Outcome:
     """Run a mutated family in this process, in which nothing of it has been imported."""
@@ -374,6 +393,7 @@ def judge(mutation: str, family: str) -> Outcome:
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".* has attention layers")
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),  # Of arguments that are not documented.
@@ -390,11 +410,16 @@ def judge(mutation: str, family: str) -> Outcome:
             assert Path(str(sys.modules[name].__file__)) == file, f"{name} is not the mutated one"
         try:
             compat.enable_vertical_chunking()
-        except Exception as error:  # Of compat's or not: no other family could be enabled either.
+        except compat.VerticalChunkingError as error:
+            # It takes all families out, which is right only where all are concerned.
+            judged.add(REFUSED if copy.is_shared else BROKEN, "enable", said(error))
+        except Exception as error:
             judged.add(BROKEN, "enable", said(error))
         for when in (ENABLED, "after disable"):
             judged.released(when)
             judged.chunks(when)
+            if not copy.is_shared:
+                judged.another(when)
             compat.disable_vertical_chunking()
     return judged.outcome(mutation)
 
@@ -405,11 +430,16 @@ def _answer(mutation: str, family: str, answers: Connection) -> None:
 
 def run(pairs: Iterable[tuple[str, str]]) -> list[Outcome]:
     """Judge mutations of families, each in a process of its own."""
-    # The server has imported what is not mutated; each process is a fork of it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SHARED)
+    # The server has imported what is mutated for no family alone; each process is a fork of it.
+    forks, fresh = multiprocessing.get_context("forkserver"), multiprocessing.get_context("spawn")
+    forks.set_forkserver_preload(SHARED)
 
     def one(pair: tuple[str, str]) -> Outcome:
+        try:
+            is_shared = MUTATIONS[pair[0]].applied(pair[1]).is_shared
+        except DoesNotApply:
+            is_shared = False  # The process will say so.
+        context = fresh if is_shared else forks
         answers, asked = context.Pipe(duplex=False)
         process = context.Process(target=_answer, args=(*pair, asked))
         process.start()
@@ -430,10 +460,11 @@ def _dead(pair: tuple[str, str], why: str) -> Outcome:
     return Outcome(*pair, BROKEN, {why: BROKEN})
 
 
-def pairs(words: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """The mutations of families that contain one of the words; and those families unchanged."""
+def pairs(patterns: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """The mutations of families in which a pattern is found; and those families unchanged."""
     names = [(name, family) for name, m in MUTATIONS.items() for family in m.families]
-    picked = [p for p in names if not words or any(word in ", ".join(p) for word in words)]
+    wanted = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    picked = [pair for pair in names if wanted.search(", ".join(pair))]
     families = {family for _, family in picked}
     return [p for p in names if p in picked or (p[0] == UNCHANGED and p[1] in families)]
 
@@ -482,11 +513,11 @@ def versions() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table, write it if asked to, and return the exit status."""
-    words = [argument for argument in arguments if not argument.startswith("--")]
-    if words and "--write" in arguments:
+    patterns = [argument for argument in arguments if not argument.startswith("--")]
+    if patterns and "--write" in arguments:
         print("--write is about the whole table: leave out what picks lines.", file=sys.stderr)
         return 2
-    outcomes = run(pairs(words))
+    outcomes = run(pairs(patterns))
     if "--json" in arguments:
         print(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
     else:

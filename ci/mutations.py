@@ -39,9 +39,9 @@ class Mutation:
             DoesNotApply: They do not have the place.
         """
         copy = Copy(family)
-        before = copy.text
+        before = dict(copy.sources)
         self.make(copy)
-        if copy.text == before and self is not MUTATIONS[UNCHANGED]:
+        if copy.sources == before and self.name != UNCHANGED:
             raise DoesNotApply(f"{self.name} leaves {copy.module} as it is")
         return copy
 
@@ -187,11 +187,28 @@ def _renamed_in_scan(copy: Copy) -> None:
     copy.rename((old,), "first", [copy.parts.scan], [call])
 
 
-@mutation("the attribute of the cache renamed", HARMLESS, ("xlstm",))
+# The cache.
+
+CACHE = "transformers.cache_utils"
+
+
+@mutation("the attribute of the cache renamed that holds the states", HARMLESS, (*MAMBAS, "xlstm"))
 def _cache_attribute(copy: Copy) -> None:
-    copy.text, found = re.subn(r"(?<=\.)rnn_state\b", "held", copy.text)
-    if not found:
-        raise DoesNotApply(f"{copy.module} has no rnn_state")
+    if copy.family == "xlstm":
+        copy.sub_all(copy.module, r"(?<=\.)rnn_state\b", "held")
+    else:
+        copy.sub_all(CACHE, r"(?<=\.)recurrent_states\b", "held")
+
+
+@mutation("the methods of the cache renamed that give the states", HARMLESS, MAMBAS)
+def _cache_getters(copy: Copy) -> None:
+    for module in (CACHE, copy.module):
+        copy.sub_all(module, r"\bget_(conv|recurrent)_state\b", r"\1_state_of")
+
+
+@mutation("the method of the cache renamed that selects rows", HARMLESS, ("mamba2",))
+def _cache_rows(copy: Copy) -> None:
+    copy.sub_all(CACHE, r"\breorder_cache\b", "select_rows")
 
 
 # Arguments.

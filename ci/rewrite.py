@@ -107,10 +107,7 @@ class Copy:
     output: str = ""
 
     def __post_init__(self) -> None:
-        spec = find_spec(self.module)
-        assert spec is not None
-        assert spec.origin is not None
-        self.text = Path(spec.origin).read_text(encoding="utf-8")
+        self.text = installed(self.module)
         (body,) = find(ast.parse(self.text), f"{self.parts.body}.forward")
         names = [argument.arg for argument in arguments(body) if argument.arg in self.parts.states]
         if len(names) != 1:
@@ -128,6 +125,11 @@ class Copy:
         return f"transformers.models.{self.family}.modeling_{self.family}"
 
     @property
+    def is_shared(self) -> bool:
+        """Whether a module is changed that other families use too."""
+        return any(not name.startswith("transformers.models.") for name in self.sources)
+
+    @property
     def text(self) -> str:
         """The modeling module's source."""
         return self.sources[self.module]
@@ -135,6 +137,13 @@ class Copy:
     @text.setter
     def text(self, text: str) -> None:
         self.sources[self.module] = text
+
+    def sub_all(self, module: str, pattern: str, new: str) -> None:
+        """Replace what a pattern matches in a whole module, at least once."""
+        text = self.sources.get(module) or installed(module)
+        self.sources[module], found = re.subn(pattern, new, text)
+        if not found:
+            raise DoesNotApply(f"{module} has no {pattern!r}")
 
     def span(self, where: str) -> tuple[int, int]:
         """The lines of a class or function, decorators included: the first, and the one after."""
@@ -216,6 +225,14 @@ class Copy:
         self.text, found = re.subn(pattern, rf"{line}\n\1", self.text, flags=re.MULTILINE)
         if found != 1:
             raise DoesNotApply(f"{self.module} imports its configuration {found} times")
+
+
+def installed(module: str) -> str:
+    """The source of an installed module, which is not imported."""
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise DoesNotApply(f"there is no {module}")
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 Definition = ast.ClassDef | ast.FunctionDef
