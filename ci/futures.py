@@ -7,7 +7,7 @@ chunks. What the mutated model gave before, in one pass, is what is right:
 
 exact    forward, training, continuation and generation of the release are as they were before, and
          chunks give what one pass gives
-slower   the same; but chunks run on the released code, as the fast path was refused
+slower   the same; but the fast path was refused, in whole or in part
 refused  as they were; chunks raise a VerticalChunkingError
 BROKEN   something raises that did not, or gives a FutureWarning that it did not give
 WRONG    numbers differ
@@ -147,7 +147,7 @@ class Trial:
 
     def model(self) -> Any:
         """A model without a head."""
-        overrides = OVERRIDES.get(self.copy.family, {})
+        overrides = OVERRIDES.get(self.copy.family, {}) | self.copy.settings
         return self.families.tiny_model(self.copy.family, **overrides)
 
     def causal_lm(self) -> Any:

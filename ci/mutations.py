@@ -237,6 +237,50 @@ def _mixer_keyword_only(copy: Copy) -> None:
         copy.sub(where, rf"^( +)((?:{state}): .*\n)", r"\1*,\n\1\2")
 
 
+CALL = r"(self\.(?:mixer|mamba)\(\s*)(?:hidden_states=)?hidden_states"  # Of a mixer, by its block.
+
+
+@mutation("the mixer's arguments by position", HARMLESS, MAMBAS)
+def _mixer_positional(copy: Copy) -> None:
+    others = r",(\s*)\w+=(\w+),(\s*)attention_mask=attention_mask"
+    copy.sub(f"{copy.parts.block}.forward", CALL + others, r"\1hidden_states,\2\3,\4attention_mask")
+
+
+@mutation("the mixer's input renamed, and by keyword", HARMLESS, ALL)
+def _mixer_input(copy: Copy) -> None:
+    forward = f"{copy.parts.mixer}.forward"
+    if copy.family == "rwkv":
+        copy.rename(("hidden",), "inputs", [forward])
+        copy.swap("RwkvBlock.forward", "self.attention(self.ln1", "self.attention(inputs=self.ln1")
+    elif copy.family == "xlstm":
+        copy.rename(("query",), "inputs", [copy.parts.scan], ["self.mlstm_backend"])
+    else:
+        copy.rename(("hidden_states",), "inputs", [forward])
+        copy.sub(f"{copy.parts.block}.forward", CALL, r"\1inputs=hidden_states")
+
+
+@mutation("the mixer's mask renamed", HARMLESS, MAMBAS)
+def _mixer_mask(copy: Copy) -> None:
+    call = "self.mamba" if copy.family == "bamba" else "self.mixer"
+    copy.rename(("attention_mask",), "padding_mask", [f"{copy.parts.mixer}.forward"], [call])
+
+
+@mutation("the mixer returns a pair", HARMLESS, MAMBAS)
+def _mixer_pair(copy: Copy) -> None:
+    old = "return contextualized_states"
+    copy.swap(f"{copy.parts.mixer}.forward", old, f"{old}, None")
+    call = r"(self\.(?:mixer|mamba)\([^)]*\))"
+    copy.sub(f"{copy.parts.block}.forward", call, r"\1[0]")
+
+
+@mutation("the scan returns a third value", HARMLESS, MAMBAS)
+def _scan_triple(copy: Copy) -> None:
+    old = r"(return (?:scan_output, ssm_state|output, final_state))$"
+    copy.sub(copy.parts.scan, old, r"\1, None")
+    unpack = "scan_output, final_state = scan_result"
+    copy.swap(f"{copy.parts.mixer}.forward", unpack, unpack.replace(" =", ", _ ="))
+
+
 @mutation("the scan's arguments in another order", HARMLESS, SCANS)
 def _scan_reordered(copy: Copy) -> None:
     parts = copy.parts
@@ -361,6 +405,20 @@ def _moved(copy: Copy) -> None:
     copy.bring_in(f"from . import {new}")
 
 
+@mutation("the mixer's class renamed", HARMLESS, ALL)
+def _mixer_class(copy: Copy) -> None:
+    old = "xLSTMBackend" if copy.family == "xlstm" else copy.parts.mixer
+    copy.sub_all(copy.module, rf"\b{old}\b", f"{old}Renamed")
+
+
+@mutation("an attribute of the mixer renamed", HARMLESS, (*MAMBAS, "rwkv"))
+def _mixer_attribute(copy: Copy) -> None:
+    old = {"mamba": "layer_idx", "rwkv": "layer_id"}.get(copy.family, "conv_kernel_size")
+    names = rf"\bself\.{old}\b"
+    times = len(re.findall(names, _inside(copy, copy.parts.mixer)))
+    copy.sub(copy.parts.mixer, names, "self.renamed", max(times, 1))
+
+
 @mutation("a local variable renamed", HARMLESS, ALL)
 def _local_renamed(copy: Copy) -> None:
     old = {"rwkv": "receptance", "xlstm": "i_preact"}.get(copy.family, "projected_states")
@@ -453,12 +511,51 @@ def _other_gate(copy: Copy) -> None:
         copy.swap(f"{norm}.forward", "functional.silu(gate", "functional.sigmoid(gate")
 
 
-@mutation("a factor on the mixer's output", MEANING, ALL)
-def _factor(copy: Copy) -> None:
+def _multiply(copy: Copy, factor: str) -> None:
+    """Multiply what the mixer gives by a factor."""
     forward = f"{copy.parts.mixer}.forward"
     if copy.family == "rwkv":
-        copy.swap(forward, "(receptance * rwkv), state", "(receptance * rwkv) * 0.5, state")
+        copy.swap(forward, "(receptance * rwkv), state", f"(receptance * rwkv) * {factor}, state")
     elif copy.family == "xlstm":
-        copy.swap(forward, "return y, state", "return y * 0.5, state")
+        copy.swap(forward, "return y, state", f"return y * {factor}, state")
     else:
-        copy.swap(forward, "return contextualized_states", "return contextualized_states * 0.5")
+        old = "return contextualized_states"
+        copy.swap(forward, old, f"{old} * {factor}")
+
+
+@mutation("a factor on the mixer's output", MEANING, ALL)
+def _factor(copy: Copy) -> None:
+    _multiply(copy, "0.5")
+
+
+@mutation("a factor on the output of the second mixer", MEANING, (*SCANS,))
+def _factor_of_a_layer(copy: Copy) -> None:
+    index = "layer_id" if copy.family == "rwkv" else "layer_idx"
+    _multiply(copy, f"(0.5 if self.{index} else 1.0)")
+
+
+@mutation("a factor on the mixer's output, of a new setting", MEANING, ALL)
+def _factor_of_a_setting(copy: Copy) -> None:
+    config = f"transformers.models.{copy.family}.configuration_{copy.family}"
+    copy.sub_all(config, r"(?m)^( +)(vocab_size: int = .*\n)", r"\1\2\1mixer_factor: float = 1.0\n")
+    mixer = f"{copy.parts.mixer}.__init__"
+    copy.sub(
+        mixer, r"^( +)(super\(\).__init__\(\)\n)", r"\1\2\1self.factor = config.mixer_factor\n"
+    )
+    _multiply(copy, "self.factor")
+    copy.settings["mixer_factor"] = 0.5
+
+
+@mutation("D not added where a new setting says so", MEANING, MAMBAS)
+def _no_skip_by_a_setting(copy: Copy) -> None:
+    config = f"transformers.models.{copy.family}.configuration_{copy.family}"
+    copy.sub_all(config, r"(?m)^( +)(vocab_size: int = .*\n)", r"\1\2\1adds_d: bool = True\n")
+    mixer = copy.parts.mixer
+    copy.sub(
+        f"{mixer}.__init__",
+        r"^( +)(super\(\).__init__\(\)\n)",
+        r"\1\2\1self.adds_d = config.adds_d\n",
+    )
+    given = r"\bD=(self\.D(?:\.float\(\))?),(\n +z=)"
+    copy.sub(f"{mixer}.forward", given, r"D=\1 if self.adds_d else None,\2")
+    copy.settings["adds_d"] = False

@@ -99,12 +99,14 @@ class Copy:
         family: Its model type.
         sources: The modules that differ from the installed ones, by name.
         argument, output: What the model calls its state, going in and coming out.
+        settings: What the config of the model in hand is to have.
     """
 
     family: str
     sources: dict[str, str] = field(default_factory=dict)
     argument: str = ""
     output: str = ""
+    settings: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.text = installed(self.module)
