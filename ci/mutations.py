@@ -413,7 +413,10 @@ def _mixer_class(copy: Copy) -> None:
 
 @mutation("an attribute of the mixer renamed", HARMLESS, (*MAMBAS, "rwkv"))
 def _mixer_attribute(copy: Copy) -> None:
-    old = {"mamba": "layer_idx", "rwkv": "layer_id"}.get(copy.family, "conv_kernel_size")
+    if copy.family == "rwkv":
+        copy.sub_all(copy.module, r"(?<=\.)layer_id\b", "renamed")
+        return
+    old = {"mamba": "layer_idx"}.get(copy.family, "conv_kernel_size")
     names = rf"\bself\.{old}\b"
     times = len(re.findall(names, _inside(copy, copy.parts.mixer)))
     copy.sub(copy.parts.mixer, names, "self.renamed", max(times, 1))
@@ -528,7 +531,7 @@ def _factor(copy: Copy) -> None:
     _multiply(copy, "0.5")
 
 
-@mutation("a factor on the output of the second mixer", MEANING, (*SCANS,))
+@mutation("a factor on the output of the second mixer", MEANING, SCANS)
 def _factor_of_a_layer(copy: Copy) -> None:
     index = "layer_id" if copy.family == "rwkv" else "layer_idx"
     _multiply(copy, f"(0.5 if self.{index} else 1.0)")

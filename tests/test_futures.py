@@ -26,6 +26,8 @@ SOME = [
     "the state renamed in what the model takes, rwkv",
     "the state renamed in what the model returns, xlstm",
     "the mixer's arguments by keyword only, mamba",
+    "the mixer's mask renamed, mamba2",
+    "the mixer returns a pair, bamba",
     "the scan's arguments in another order, rwkv",
     "a new argument for the mixer, a factor, mamba2",
     "a new argument for the scan, None, rwkv",
@@ -34,6 +36,8 @@ SOME = [
     "the initial state ignored by the scan, mamba2",
     "no activation after the convolution, bamba",
     "D not added, mamba",
+    "D not added where a new setting says so, mamba2",
+    "a factor on the output of the second mixer, bamba",
 ]
 
 
