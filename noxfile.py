@@ -1,10 +1,13 @@
 """Everything that is run in this repository, each by one short verb: `python3 -m nox -s VERB`."""
 
+import argparse
 import os
+import re
 import shutil
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 nox.options.sessions = ["lint", "tests"]
 nox.options.default_venv_backend = "virtualenv"
@@ -166,6 +169,28 @@ def test_matrix(session):
     session.run("python", "-m", "ci.matrix", *session.posargs, env=OFFLINE)
 
 
+@nox.session(name="test-newest", default=False, reuse_venv=False)
+def test_newest(session):
+    """What the newest release of every upstream breaks: to be run weekly; `-- --torch VERSION`."""
+    parser = argparse.ArgumentParser(prog="nox -s test-newest --", allow_abbrev=False)
+    parser.add_argument("--torch", metavar="VERSION", help="another than the one that is pinned")
+    options, arguments = parser.parse_known_args(session.posargs)
+    # The one pin: without it pip brings the newest build for CUDA, gigabytes that nothing here
+    # uses, and on most machines the pinned one is there already.
+    pinned = re.search("^torch==(.+)$", Path("ci/constraints.txt").read_text(), re.MULTILINE)[1]
+    project = nox.project.load_toml("pyproject.toml")
+    # By name alone, also where pyproject.toml claims less than what PyPI has.
+    wanted = [
+        *project["project"]["dependencies"],
+        *project["project"]["optional-dependencies"]["embed"],
+        *nox.project.dependency_groups(project, "tests"),
+    ]
+    names = sorted({Requirement(line).name for line in wanted} - {"torch"})
+    session.install("--upgrade", f"torch=={options.torch or pinned}", *names)
+    session.install("--no-deps", "-e", ".")
+    session.run("python", "-m", "ci.newest", *arguments, env=OFFLINE | INTERPRET)
+
+
 @nox.session(default=False)
 def downstream(session):
     """Vertical chunking through libraries that call encode: LangChain, LlamaIndex, Haystack."""
@@ -183,11 +208,15 @@ def test_fla(session):
 
 @nox.session
 def lint(session):
-    """Lint, formatting, and types."""
+    """Lint, formatting, types, and the workflows."""
     install(session, "lint", extras="[embed]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
+    workflows = [f"{path}" for path in Path(".github/workflows").glob("*.yml")]
+    schema = ["--builtin-schema", "vendor.github-workflows"]  # It comes along: no network.
+    session.run("check-jsonschema", *schema, *workflows)
+    session.run("zizmor", "--offline", *workflows)
 
 
 @nox.session(name="train-model", default=False)

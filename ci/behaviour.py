@@ -124,13 +124,15 @@ def _fused(case: str, **settings: Any) -> bool:
 def _bamba_without_positions() -> bool:
     import torch
 
+    from compat._transformers import state_argument, state_of
+
     families: Any = importlib.import_module("families")
     right: float = importlib.import_module("tolerances").CHUNKED[torch.float32]
     model, ids = families.tiny_model("bamba"), families.tokens(2, 16)
     with torch.no_grad():
         whole = model(ids, use_cache=False).last_hidden_state
-        state = model(ids[:, :9], use_cache=True).past_key_values
-        rest = model(ids[:, 9:], past_key_values=state, use_cache=True).last_hidden_state
+        state = {state_argument(model.forward): state_of(model(ids[:, :9], use_cache=True))}
+        rest = model(ids[:, 9:], use_cache=True, **state).last_hidden_state
     return bool((rest - whole[:, 9:]).abs().max() <= right)
 
 

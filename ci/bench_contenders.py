@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import compat
 from ci.measure import measure
+from compat._transformers import state_argument, state_of
 from compat.ops import using
 
 FLOOR, NORMS, TRANSFORMER, RELEASED = "floor", "norms", "GPT-NeoX", "released"
@@ -165,9 +166,9 @@ def _released_full(model: PreTrainedModel, tokens: int, _size: int) -> int:
 
 
 def _released_in_chunks(model: PreTrainedModel, tokens: int, size: int) -> int:
-    cache = None
+    state, name = None, state_argument(model.forward)
     for ids in _ids(1, tokens).split(size, 1):
-        cache = model(input_ids=ids, use_cache=True, cache_params=cache).cache_params
+        state = state_of(model(input_ids=ids, use_cache=True, **{name: state}))
     return tokens
 
 

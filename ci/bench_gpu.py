@@ -64,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     model = make_model(options.layers, options.hidden_size, options.device)
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, not a GPU"
-    print(f"{name}; torch {torch.__version__}; fused path: {_fused.describe()}")
+    print(f"{name}; torch {torch.__version__}; fused path: {compat.status().fused}")
 
     def in_chunks(ids: torch.Tensor) -> None:
         size = options.vertical_chunk_size

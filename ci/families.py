@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,13 @@ Read = Callable[[PreTrainedModel, Tensor, list[int]], Tensor]
 NO_PADDING, LEFT_PADDING = [0, 0, 0], [0, 3, 16]
 
 
-def in_chunks(model: PreTrainedModel, ids: Tensor, left: list[int]) -> Tensor:
-    """compat's hidden states, (batch, seqlen, hidden_size)."""
-    mask = torch.arange(ids.shape[1]) >= torch.tensor(left)[:, None]
+def in_chunks(
+    model: PreTrainedModel, ids: Tensor, left: list[int], right: Sequence[int] = NO_PADDING
+) -> Tensor:
+    """compat's hidden states, (batch, seqlen, hidden_size), where each row is padded so."""
+    columns = torch.arange(ids.shape[1])
+    ends = ids.shape[1] - torch.tensor(right)[:, None]
+    mask = (columns >= torch.tensor(left)[:, None]) & (columns < ends)
     chunks = compat.iter_chunks(
         model, input_ids=ids, attention_mask=mask, vertical_chunk_size=SIZES[0]
     )

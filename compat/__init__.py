@@ -26,13 +26,12 @@ if TYPE_CHECKING:
     )
     from compat._families import supported_models_table
     from compat._hooks import (
-        LibraryStatus,
-        Report,
         disable_vertical_chunking,
         enable_vertical_chunking,
         status,
         vertical_chunking,
     )
+    from compat._report import LibraryStatus, Report
 
 __all__ = [
     "LibraryStatus",
@@ -60,13 +59,12 @@ _HOMES = {
     ],
     "_families": ["supported_models_table"],
     "_hooks": [
-        "LibraryStatus",
-        "Report",
         "disable_vertical_chunking",
         "enable_vertical_chunking",
         "status",
         "vertical_chunking",
     ],
+    "_report": ["LibraryStatus", "Report"],
 }
 
 

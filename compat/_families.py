@@ -8,6 +8,7 @@ from typing import cast
 from transformers import PreTrainedModel
 
 from compat import _fla, _mamba, _rwkv, _xlstm, _xlstm_large
+from compat._exact import require_exact
 from compat._family import Family
 from compat._fused import Mamba2
 from compat._mamba import Mamba
@@ -50,7 +51,8 @@ def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
 
     Raises:
         UnsupportedModelError: The model is not a transformers model, its type is not one that is
-            known to continue exactly from its state, or its state is turned off.
+            known to continue exactly from its state, it does not do so when it is asked, or its
+            state is turned off.
     """
     if _xlstm_large.is_xlstm_large(model):
         return model, _xlstm_large.family_of(model)
@@ -58,7 +60,9 @@ def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
     if isinstance(model, PreTrainedModel) and _fla.is_fla(model.base_model):
         backbone = cast(PreTrainedModel, model.base_model)
         return backbone, _fla.family_of(backbone)
-    return look_up(model, FAMILIES)
+    backbone, family = look_up(model, FAMILIES)
+    require_exact(backbone, family)
+    return backbone, family
 
 
 def supported_models_table() -> str:
@@ -66,7 +70,7 @@ def supported_models_table() -> str:
     families = FAMILIES | {f"{name} (fla)": family for name, family in _fla.FAMILIES.items()}
     refused = {f"{name} (fla)": reason for name, (reason, _) in _fla.REFUSED.items()}
     lines = {
-        name: f"supported; its state is in {family.cache}; "
+        name: "supported; "
         + ("keys and values grow with the text" if family.grows else "constant memory")
         for name, family in sorted(families.items())
     }

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ._transformers import forward_of, parameters, state_argument, state_of
+
 
 @dataclass(frozen=True)
 class Family:
@@ -17,13 +19,9 @@ class Family:
     Families that differ have a subclass in a module of their own.
 
     Attributes:
-        cache: Name of the argument, and of the output, that holds the state.
-        position_ids: Whether the model takes the positions of the tokens in the text.
         grows: Whether attention layers keep keys and values of the whole text beside the state.
     """
 
-    cache: str
-    position_ids: bool
     grows: bool
 
     def forward(
@@ -39,13 +37,17 @@ class Family:
 
         Returns:
             The last hidden state, (batch, chunk, hidden_size), and the state after the chunk.
+
+        Raises:
+            UnsupportedVersionError: The installed model takes or gives no state under a known name.
         """
-        extra: dict[str, Any] = {self.cache: state}
-        if self.position_ids:
+        forward = forward_of(backbone)
+        extra = {state_argument(forward): state}
+        if "position_ids" in parameters(forward):
             positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
             extra["position_ids"] = positions.expand(len(input_ids), -1)
         output = backbone(input_ids=input_ids, use_cache=True, return_dict=True, **extra)
-        return output.last_hidden_state, output[self.cache]
+        return output.last_hidden_state, state_of(output)
 
     def select_rows(self, state: Any, rows: Tensor) -> Any:
         """The state of some rows of the batch; rows is (n,) int64."""

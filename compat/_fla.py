@@ -41,7 +41,7 @@ FAMILIES: dict[str, Family] = dict.fromkeys(
         "rwkv6",
         "rwkv7",
     ],
-    Fla("past_key_values", position_ids=False, grows=False),
+    Fla(grows=False),
 )
 
 _ELSE = "encode it without vertical_chunk_size"

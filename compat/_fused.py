@@ -1,24 +1,26 @@
 """Mamba2's fused path: on a GPU the kernels of causal-conv1d and mamba-ssm, on a CPU `compat.ops`.
 
-As of transformers 5.23.0 a mixer that continues from its cache copies the convolution's state and
+As of transformers 5.24.0 a mixer that continues from its cache copies the convolution's state and
 the whole chunk into a new tensor for the convolution, and does the gated norm in plain torch, in
 float32. Here the convolution is given its initial state as one, and the norm is a kernel too. The
 numbers are the same but for a rounding less: that of the normed values before the norm's weight,
 and on a CPU those of dt, of the convolution and of its SiLU.
 
 A chunk from the cache takes it; on a CPU, while `full_passes` is on, so does a pass without a
-cache. Where something is not known to be exact, the released forward runs.
+cache. A mixer is taken for what the fast path computes when both give the same on tiny weights;
+where only its scan does, that alone is replaced. Where something is not known to be exact, the
+released forward runs.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -27,11 +29,14 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from compat import _hub, _mamba, ops
+from compat import _hub, _mamba2_probe
+from compat._behaviour import Differs
 from compat._family import Family
-from compat._patches import Held, Patch, Patches
+from compat._patches import Held, MixerCall, Patch, Patches, arguments, released, wraps
+from compat._transformers import modeling, parameters
 from compat.ops import mamba2
 from compat.ops._where import in_chunk, is_in_chunk, replace_released
+from compat.ops.mamba2_scan import mamba_chunk_scan_combined
 
 # The model types, and the class of their mixers, in transformers.models.
 MIXERS = {
@@ -41,12 +46,13 @@ MIXERS = {
     "nemotron_h": "NemotronHMamba2Mixer",
     "zamba2": "Zamba2MambaMixer",
 }
-# What is replaced is known by its text: a release that computes something else is left alone.
-_MIXER_FORWARD = "7b78f68b2206f76c"
-_NORM_FORWARD = "2ed3aa30edfb36e2"
+_SCAN = "mamba2_chunk_scan"
+# Arguments that a mixer is given and does not use, and those that the scan of `compat.ops` takes.
+_UNUSED = {"position_embeddings"}
+_OF_SCAN = set(inspect.signature(mamba_chunk_scan_combined).parameters) - {"x"} | {"hidden_states"}
 
 # With which a transformers has the fused path in inference itself.
-_SETTING = "use_fused_scan"
+SETTING = "use_fused_scan"
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NORM_BYTES = 65536  # A group of channels must fit into one block of the norm's kernel.
@@ -58,6 +64,8 @@ conv_dim, width - 1) and the SSM state, or None for both; gives the gated and no
 
 # Whether a pass without a cache is served too, on a CPU.
 _full_passes = False
+# Whether the scan of the mixer that is running is to be that of `compat.ops`.
+_scan_on_ops: ContextVar[bool] = ContextVar("compat_mamba2_scan_on_ops", default=False)
 
 
 @dataclass(frozen=True)
@@ -114,41 +122,9 @@ def probe() -> FusedPath:
     return FusedPath(run, f"composed of {_named('causal-conv1d')} and {_named('mamba-ssm')}")
 
 
-def describe() -> str:
-    """The fused path on a GPU in one line: what it is made of and serves, or why it is not used."""
-    if native := _native():
-        return native
-    path = probe()
-    return _served(path.reason) if path.run else _with_hub(path.reason)
-
-
-def describe_on_cpu() -> str:
-    """The same of the path on a CPU."""
-    if native := _native():
-        return native
-    if ops.backend() == "released":
-        return "not used, as transformers' own path was chosen"
-    return _served(ops.describe(), *_mamba.MIXERS, "rwkv")
-
-
-def _native() -> str | None:
-    """What is said of a transformers that has the fused path itself, and is left alone."""
-    has = [n for n in MIXERS if n in CONFIG_MAPPING and hasattr(CONFIG_MAPPING[n], _SETTING)]
-    if not has:
-        return None
-    return f"native: {_SETTING} in the config of {', '.join(has)}, in {_named('transformers')}"
-
-
-def _served(reason: str, *others: str) -> str:
-    known = [name for name in MIXERS if PATCHED[name].patched or plan(name)]
-    if not known:
-        return f"not used, as {_named('transformers')} has other Mamba2 mixers than 5.23"
-    return _with_hub(f"{reason}; for {', '.join(sorted([*known, *others]))}")
-
-
-def _with_hub(reason: str) -> str:
-    said = _hub.describe(sorted(MIXERS))
-    return f"{reason}; {said}" if said else reason
+def is_native(model_type: str) -> bool:
+    """Whether the installed transformers has the fused path itself, for one of `MIXERS`."""
+    return model_type in CONFIG_MAPPING and hasattr(CONFIG_MAPPING[model_type], SETTING)
 
 
 def _import(distribution: str, name: str) -> Any:
@@ -186,15 +162,48 @@ def _named(distribution: str) -> str:
 
 
 def plan(model_type: str) -> list[Patch]:
-    """What to patch in transformers for one of `MIXERS`; nothing where its mixer is another."""
-    name = f"transformers.models.{model_type}.modeling_{model_type}"
-    try:
-        mixer = getattr(importlib.import_module(name), MIXERS[model_type], None)
-    except ModuleNotFoundError:
+    """What to patch in transformers for one of `MIXERS`; nothing where it has the path itself.
+
+    Whether a mixer, or its scan, is what the fast path computes is asked when it is first run.
+    """
+    module, mixer = _mixer_of(model_type)
+    if mixer is None:
         return []
-    if mixer is None or _fingerprint(mixer.forward) != _MIXER_FORWARD:
-        return []
-    return [(mixer, "forward", _with_fused_path(mixer.forward))]
+    patches: list[Patch] = [(mixer, "forward", _with_fused_path(model_type, mixer, mixer.forward))]
+    if (scan := _scan_of(module)) is not None:
+        patches.append((module, _SCAN, _with_fast_scan(scan)))
+    return patches
+
+
+def on_cpu(model_type: str) -> str | None:
+    """Say why the mixers of one of `MIXERS` are not served on a CPU, or only their scan is.
+
+    Returns:
+        Empty where they are served; None where the installed transformers has no such mixers, or
+        has the path itself.
+    """
+    module, mixer = _mixer_of(model_type)
+    if mixer is None:
+        return None
+    forward = released(mixer.forward)
+    reason = _mamba2_probe.of_mixer(model_type, mixer, forward, _on_torch).reason
+    scan = _scan_of(module)
+    if reason and scan is not None and not _mamba2_probe.scan_differs(released(scan)):
+        return f"only its scan, as its mixer is another; {reason}"
+    return reason and f"not used, as its mixer is another; {reason}"
+
+
+def _mixer_of(model_type: str) -> tuple[Any, Any]:
+    """The module of one of `MIXERS`, and the mixers' class; None where they are not served."""
+    module = modeling(model_type)
+    served = module is not None and not is_native(model_type)
+    return module, getattr(module, MIXERS[model_type], None) if served else None
+
+
+def _scan_of(module: Any) -> Any:
+    """A module's scan; None where it has another one, or one that `kernels` made an object of."""
+    scan = getattr(module, _SCAN, None)
+    return scan if inspect.isfunction(scan) and "hidden_states" in parameters(scan) else None
 
 
 PATCHED = {model_type: Held(functools.partial(plan, model_type)) for model_type in MIXERS}
@@ -211,65 +220,85 @@ def full_passes() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _fingerprint(function: Any) -> str | None:
-    """A hash of the text of a function and of all that it wraps; None where there is no text."""
-    text = ""
-    try:
-        while function is not None:
-            text += inspect.getsource(function.__code__)
-            function = getattr(function, "__wrapped__", None)
-    except (AttributeError, OSError):
-        return None
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 @functools.cache  # One object for each forward, whatever watches it: torch.compile does.
-def _with_fused_path(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def mixer_forward(
-        self: Any,
-        hidden_states: Tensor,
-        cache_params: Any = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+def _with_fused_path(
+    model_type: str, mixer_class: Any, forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    @wraps(forward)
+    def mixer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return forward(self, hidden_states, cache_params, attention_mask, **kwargs)
-        run = _run_for(self, hidden_states, cache_params, attention_mask, kwargs)
-        if run is None:
-            return forward(self, hidden_states, cache_params, attention_mask, **kwargs)
-        return _continue(run, self, hidden_states, cache_params)
+            return forward(self, *args, **kwargs)
+        call = MixerCall.read(forward, self, args, kwargs)
+        own = vars(mixer_class).get("forward") is vars(type(self)).get("forward")
+        if not own or not _is_served(call):
+            return forward(self, *args, **kwargs)
+        probed = _mamba2_probe.of_mixer(model_type, mixer_class, forward, _on_torch)
+        if not probed.reason:
+            run = _run_for(self, call) if type(self.norm) is probed.norm else None
+            if run is not None:
+                return _continue(run, self, call.inputs, call.state)
+            return forward(self, *args, **kwargs)
+        token = _scan_on_ops.set(replace_released(call.inputs))
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _scan_on_ops.reset(token)
 
     return mixer_forward
 
 
-def _run_for(
-    mixer: Any,
-    hidden_states: Tensor,
-    cache: Any,
-    attention_mask: Tensor | None,
-    others: dict[str, Any],
-) -> Run | None:
-    """What a mixer runs on with these arguments; None for its own forward."""
-    on_ops = replace_released(hidden_states)
+def _is_served(call: MixerCall) -> bool:
+    """Whether a call of a mixer is one that may take the fused path."""
+    known = not call.others.keys() - _UNUSED - {"attention_mask"}
+    if not known or not isinstance(call.inputs, Tensor):
+        return False
+    if call.state is not None:
+        return is_in_chunk()
+    return _full_passes and replace_released(call.inputs)
+
+
+@functools.cache
+def _with_fast_scan(scan: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(scan)
+    def chunk_scan(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not _scan_on_ops.get():
+            return scan(*args, **kwargs)
+        given = arguments(scan, args, kwargs)
+        if given.keys() - _OF_SCAN or _mamba2_probe.scan_differs(scan):
+            return scan(*args, **kwargs)
+        return mamba_chunk_scan_combined(given.pop("hidden_states"), **given)
+
+    return chunk_scan
+
+
+def _on_torch(mixer: Any, inputs: Tensor, cache: Any, seq_idx: Tensor | None) -> Any:
+    """Run the fast path as the probe asks for it."""
+    if not _is_exact(mixer, inputs):
+        raise Differs("its convolution or its norm is another")
+    run = _portable if seq_idx is None else functools.partial(_portable, seq_idx=seq_idx)
+    return _continue(run, mixer, inputs, cache)
+
+
+def _run_for(mixer: Any, call: MixerCall) -> Run | None:
+    """What a mixer runs on in a call that may be served; None for its own forward."""
+    inputs, mask = call.inputs, call.others.get("attention_mask")
+    on_ops = replace_released(inputs)
+    run: Run | None = None
     if _hub.is_used(mixer):
         # Somebody has asked for them: theirs, or the released forward, which calls them too.
         op = _hub.fused_op(mixer)
-        continues = is_in_chunk() and cache is not None and attention_mask is None
-        fits = not _has_kernels(hidden_states) or _suits_kernels(mixer, hidden_states)
-        run: Run | None = functools.partial(_whole, op) if op and continues and fits else None
-    elif is_in_chunk() and cache is not None and attention_mask is None:
-        run = probe().run if _suits_kernels(mixer, hidden_states) else None
+        fits = not _has_kernels(inputs) or _suits_kernels(mixer, inputs)
+        if op and fits and call.state is not None and mask is None:
+            run = functools.partial(_whole, op)
+    elif call.state is not None and mask is None:
+        run = probe().run if _suits_kernels(mixer, inputs) else None
         run = run or (_portable if on_ops else None)
-    elif _full_passes and on_ops and cache is None and others.get("seq_idx") is None:
+    elif call.state is None and on_ops:
         run = _portable
-        if attention_mask is not None:
-            seq_idx = _seq_idx(mixer, attention_mask)
+        if mask is not None:
+            seq_idx = _seq_idx(mixer, mask)
             run = None if seq_idx is None else functools.partial(_portable, seq_idx=seq_idx)
-    else:
-        run = None
-    return run if run and _is_exact(mixer, hidden_states) else None
+    return run if run and _is_exact(mixer, inputs) else None
 
 
 def _seq_idx(mixer: Any, attention_mask: Tensor) -> Tensor | None:
@@ -296,7 +325,6 @@ def _is_exact(mixer: Any, hidden_states: Tensor) -> bool:
         and hidden_states.shape[1] > 1
         and mixer.activation in ("silu", "swish")
         and mixer.conv_kernel_size >= 2
-        and _fingerprint(type(norm).forward) == _NORM_FORWARD
         and norm.group_size * mixer.n_groups == mixer.intermediate_size
         and _is_bare(norm)
         and _is_bare(mixer.conv1d)

@@ -71,7 +71,7 @@ def _lacks(function: Any) -> str:
     if op is None:
         return f"{name} has no function {_FUSED} beside its layer"
     try:
-        missing = {"initial_conv_states", "return_final_conv_states"} - parameters(op)
+        missing = {"initial_conv_states", "return_final_conv_states"}.difference(parameters(op))
     except (TypeError, ValueError):
         return f"{name} has a {_FUSED} whose parameters cannot be seen"
     return f"{name} has a {_FUSED} that takes no {', '.join(sorted(missing))}" if missing else ""

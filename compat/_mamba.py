@@ -6,18 +6,18 @@ is, and what the initial state h_0 adds is put on top:
 
     y_t += C_t . exp(A sum_{s<=t} dt_s) h_0,    last state += exp(A sum_s dt_s) h_0
 
-with the gate applied to it. That is what a chunk of several tokens lacks in transformers 5.23.0.
+with the gate applied to it. That is what a chunk of several tokens lacks in transformers 5.24.0.
 
 On a CPU, where no gradient is recorded, the released scan is a loop over tokens; there the scan of
-`compat.ops.mamba1` takes its place, which begins from the state directly.
+`compat.ops.mamba1` takes its place, which begins from the state directly. Both hold for the scan
+that is installed if they hold when it is run on tiny inputs.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -28,10 +28,12 @@ from torch.nn.functional import silu, softplus
 from transformers import PreTrainedModel
 
 from compat import _hub
+from compat._behaviour import Draw, compare, verdict
 from compat._errors import UnsupportedVersionError
 from compat._family import Family
-from compat._patches import Held, Patch
-from compat._transformers import parameters
+from compat._patches import Held, MixerCall, Patch, arguments, released, wraps
+from compat._transformers import modeling, parameters
+from compat.ops import using
 from compat.ops._where import in_chunk, is_in_chunk, replace_released
 from compat.ops.mamba1 import selective_scan_fn
 
@@ -42,8 +44,22 @@ MIXERS = {
     "jamba": "JambaMambaMixer",
     "zamba": "ZambaMambaMixer",
 }
-# What the scan of `compat.ops` takes by name; the others choose among transformers' own scans.
-_ARGUMENTS = ("D", "z", "delta_bias", "delta_softplus", "return_last_state")
+_SCAN = "mamba_selective_scan"
+# What a released scan takes, and how `selective_scan_fn` calls it.
+_ARGUMENTS = {
+    "hidden_states": "u",
+    "dt": "delta",
+    "A": "A",
+    "B": "B",
+    "C": "C",
+    "D": "D",
+    "z": "z",
+    "delta_bias": "delta_bias",
+    "delta_softplus": "delta_softplus",
+    "return_last_state": "return_last_state",
+}
+# What chooses among transformers' own scans.
+_CHOICES = {"use_mambapy", "use_associative_scan"}
 
 
 class _Scans(NamedTuple):
@@ -52,7 +68,7 @@ class _Scans(NamedTuple):
     Attributes:
         states: For each scan, of which zamba has one for each head, where it begins; None for
             zeros.
-        on_ops: Whether `compat.ops` does them.
+        on_ops: Whether `compat.ops` does them, where the released scan is the same.
     """
 
     states: Iterator[Tensor | None]
@@ -80,26 +96,96 @@ def with_initial_state(scan: Callable[..., Any]) -> Callable[..., Any]:
         scan: `selective_scan_fn` of mamba-ssm 2.3, or a function of the same arguments.
     """
 
-    @functools.wraps(scan)
-    def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kw: Any) -> Any:
-        scans = _scans.get()
-        if scans is None:
-            return scan(x, dt, A, B, C, **kw)
+    @wraps(scan)
+    def selective_scan(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or (scans := _scans.get()) is None:
+            return scan(*args, **kwargs)
         state = next(scans.states)
-        if scans.on_ops:
-            known = {name: value for name, value in kw.items() if name in _ARGUMENTS}
-            return selective_scan_fn(x, dt, A, B, C, **known, initial_states=state)
+        given = arguments(scan, args, kwargs)
+        known = not given.keys() - _ARGUMENTS.keys() - _CHOICES
+        if scans.on_ops and known and not differs(scan):
+            ours = {_ARGUMENTS[name]: given[name] for name in given.keys() & _ARGUMENTS.keys()}
+            return selective_scan_fn(**ours, initial_states=state)
         if state is None:
-            return scan(x, dt, A, B, C, **kw)
-        output, last = scan(x, dt, A, B, C, **kw)
-        added, decayed = _contribution(
-            state, dt, A, C, kw.get("delta_bias"), kw.get("delta_softplus", False)
+            return scan(*args, **kwargs)
+        reason = _is_not_linear(scan) if known else f"it is given {', '.join(given)}"
+        if not reason:
+            return _continued(scan, state, args, kwargs)
+        if not is_in_chunk():
+            return scan(*args, **kwargs)
+        raise UnsupportedVersionError(
+            f"a released mamba_selective_scan that cannot begin from a state: {reason}",
+            "a scan that is linear in its state, as in transformers 5.15 to 5.24",
+            'pip install "transformers>=5.15,<=5.24"',
         )
-        if (z := kw.get("z")) is not None:
-            added = added * silu(z.float())
-        return (output + added).to(output.dtype), last + decayed
 
     return selective_scan
+
+
+def _continued(
+    scan: Callable[..., Any], state: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """A released scan, and on top of what it gives from zeros what the state adds."""
+    given = arguments(scan, args, kwargs)
+    output, last = scan(*args, **kwargs)
+    bias, softplus_ = given.get("delta_bias"), given.get("delta_softplus", False)
+    added, decayed = _contribution(state, given["dt"], given["A"], given["C"], bias, softplus_)
+    if (z := given.get("z")) is not None:
+        added = added * silu(z.float())
+    return (output + added).to(output.dtype), last + decayed
+
+
+@functools.cache
+def differs(scan: Callable[..., Any]) -> str:
+    """Say why a released scan is not what `compat.ops` computes; empty where it is."""
+
+    def check(scan: Callable[..., Any]) -> None:
+        given = _tiny_inputs()
+        theirs = scan(**given)
+        with using("torch"):
+            ours = selective_scan_fn(**{_ARGUMENTS[name]: value for name, value in given.items()})
+        compare("the outputs", theirs[0], ours[0])
+        compare("the last state", theirs[1], ours[1])
+
+    return verdict(check, scan)
+
+
+@functools.cache
+def _is_not_linear(scan: Callable[..., Any]) -> str:
+    """Say why what a state adds cannot be put on top of a released scan; empty where it can."""
+
+    def check(scan: Callable[..., Any]) -> None:
+        given = _tiny_inputs()
+        over_time = ("hidden_states", "dt", "B", "C", "z")
+        head, tail = (
+            given | {name: given[name][..., piece] for name in over_time}
+            for piece in (slice(None, 4), slice(4, None))
+        )
+        outputs, last = scan(**given)
+        first, state = scan(**head)
+        second, last_in_pieces = _continued(scan, state, (), tail)
+        compare("the outputs in two pieces", outputs, torch.cat([first, second], -1))
+        compare("the last state in two pieces", last, last_in_pieces)
+
+    return verdict(check, scan)
+
+
+def _tiny_inputs() -> dict[str, Any]:
+    """What a scan may be given, by the names of a released one."""
+    batch, dim, dstate, seqlen = 2, 5, 3, 9
+    draw = Draw()
+    return {
+        "hidden_states": draw(batch, dim, seqlen),
+        "dt": draw(batch, dim, seqlen),
+        "A": -draw(dim, dstate).exp(),
+        "B": draw(batch, dstate, seqlen),
+        "C": draw(batch, dstate, seqlen),
+        "D": draw(dim),
+        "z": draw(batch, dim, seqlen),
+        "delta_bias": draw(dim) - 1,
+        "delta_softplus": True,
+        "return_last_state": True,
+    }
 
 
 def _contribution(
@@ -135,23 +221,26 @@ def _contribution(
 
 
 def _forward_with_state(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def mixer_forward(
-        self: Any, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    @wraps(forward)
+    def mixer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        inputs, cache, others = MixerCall.read(forward, self, args, kwargs)
+        if not isinstance(inputs, Tensor) or others.keys() - {"attention_mask"}:
+            return forward(self, *args, **kwargs)
         state = None
-        if cache_params is not None and hidden_states.shape[1] > 1:
-            state = _recurrent_state(cache_params, self.layer_idx)
-        on_ops = (cache_params is None or is_in_chunk()) and _is_slow(self, hidden_states)
+        if cache is not None and inputs.shape[1] > 1:
+            state = _recurrent_state(cache, self.layer_idx)
+        on_ops = (cache is None or is_in_chunk()) and _is_slow(self, inputs)
         if state is None and not on_ops:
-            return forward(self, hidden_states, cache_params, *args, **kwargs)
+            return forward(self, *args, **kwargs)
         if state is None:
             states: Iterator[Tensor | None] = itertools.repeat(None)
         else:  # zamba scans head by head: (batch, heads, dim, dstate).
             states = iter([state.clone()] if state.ndim == 3 else state.clone().unbind(1))
         token = _scans.set(_Scans(states, on_ops))
         try:
-            return forward(self, hidden_states, cache_params, *args, **kwargs)
+            return forward(self, *args, **kwargs)
         finally:
             _scans.reset(token)
 
@@ -184,21 +273,42 @@ def plan(model_type: str) -> list[Patch]:
     Raises:
         UnsupportedVersionError: The model's module is not what the patches expect.
     """
-    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    module = modeling(model_type)
+    if module is None:
+        return []
     mixer = getattr(module, MIXERS[model_type], None)
-    scan = getattr(module, "mamba_selective_scan", None)
-    if mixer is None or scan is None:
+    scan = getattr(module, _SCAN, None)
+    if mixer is None or scan is None or _ARGUMENTS.keys() - set(parameters(scan)):
         raise UnsupportedVersionError(
-            f"{module.__name__} without {MIXERS[model_type]} or mamba_selective_scan",
-            "a release whose Mamba-1 models are those of transformers 5.15 to 5.23",
-            'pip install "transformers>=5.15,<6"',
+            f"{module.__name__} without {MIXERS[model_type]}, or without a {_SCAN} of "
+            f"{', '.join(_ARGUMENTS)}",
+            "a release whose Mamba-1 models are those of transformers 5.15 to 5.24",
+            'pip install "transformers>=5.15,<=5.24"',
         )
     if "initial_states" in parameters(scan):
         return []
     return [
         (mixer, "forward", _forward_with_state(mixer.forward)),
-        (module, "mamba_selective_scan", with_initial_state(scan)),
+        (module, _SCAN, with_initial_state(scan)),
     ]
+
+
+def on_cpu(model_type: str) -> str | None:
+    """Say why the scan of one of `MIXERS` is not done by `compat.ops` on a CPU.
+
+    Returns:
+        Empty where it is; None where the installed transformers has no such model, or a scan that
+        takes a state.
+    """
+    try:
+        if not plan(model_type):
+            return None
+    except UnsupportedVersionError as error:
+        return f"not used, and not read in chunks; {error.found}"
+    if find_spec("mamba_ssm") is not None:
+        return "not used, as mamba-ssm is installed"
+    reason = differs(released(getattr(modeling(model_type), _SCAN)))
+    return reason and f"not used, as its scan is another; {reason}"
 
 
 PATCHED = {model_type: Held(functools.partial(plan, model_type)) for model_type in MIXERS}

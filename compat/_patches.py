@@ -2,12 +2,71 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from compat._transformers import STATES, parameters
 
 Patch = tuple[Any, str, object]
 """A class or module, the name of an attribute, and what to put there."""
+
+
+def wraps(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a function stand for a released one, as `functools.wraps` does, and be told from it."""
+
+    def mark(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        wrapper = functools.wraps(original)(wrapper)
+        wrapper._compat_released = original  # type: ignore[attr-defined]
+        return wrapper
+
+    return mark
+
+
+def released(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The released function that one of compat's stands for; any other as it is."""
+    found: Callable[..., Any] = getattr(function, "_compat_released", function)
+    return found
+
+
+def arguments(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Read what a call of a released function gives, by name; what is None is left out.
+
+    The names are those under the function's decorators, and any that `**kwargs` would take.
+    """
+    names = parameters(function)
+    named = dict(zip(names, args, strict=False))
+    named |= {f"argument {place}": args[place] for place in range(len(names), len(args))}
+    return {name: value for name, value in (named | dict(kwargs)).items() if value is not None}
+
+
+class MixerCall(NamedTuple):
+    """What the forward of a mixer is given.
+
+    Attributes:
+        inputs: The first argument, (batch, seqlen, hidden_size); None where it cannot be told.
+        state: The state to go on from, under any of its names.
+        others: What else is not None, by name.
+    """
+
+    inputs: Any
+    state: Any
+    others: dict[str, Any]
+
+    @classmethod
+    def read(
+        cls, forward: Callable[..., Any], mixer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> MixerCall:
+        """Read a call of `forward(mixer, *args, **kwargs)`."""
+        others = arguments(forward, (mixer, *args), kwargs)
+        own, *names = parameters(forward) or ("",)
+        others.pop(own, None)
+        inputs = others.pop(names[0], None) if names else None
+        states = [others.pop(name) for name in STATES if name in others]
+        return cls(inputs, states[0] if states else None, others)
 
 
 class Patches:

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from compat._errors import UnsupportedVersionError
 from compat._family import Family
+from compat._transformers import forward_of, state_argument
 
 # Two threads must not set the same module's state at once.
 _lock = threading.RLock()
@@ -66,9 +67,9 @@ class RecurrentGemma(Family):
             output = backbone(
                 input_ids=input_ids,
                 position_ids=positions.expand(len(input_ids), -1),
-                past_key_values=state.cache,
                 use_cache=True,
                 return_dict=True,
+                **{state_argument(forward_of(backbone)): state.cache},
             )
             state.blocks = [read() for read in after]
         return output.last_hidden_state, state

@@ -10,26 +10,28 @@ from transformers import PreTrainedModel
 from ._errors import UnsupportedModelError
 from ._family import Family
 
-_RECURRENT = Family("cache_params", position_ids=False, grows=False)
-_HYBRID = Family("past_key_values", position_ids=True, grows=True)
+_RECURRENT = Family(grows=False)
+_HYBRID = Family(grows=True)
 
 MODELS: dict[str, Family] = {
     "falcon_mamba": _RECURRENT,
     "mamba": _RECURRENT,
     "mamba2": _RECURRENT,
     "xlstm": _RECURRENT,
-    "rwkv": Family("state", position_ids=False, grows=False),
+    "rwkv": _RECURRENT,
     # Its attention layers look back over a window only.
-    "recurrent_gemma": Family("past_key_values", position_ids=True, grows=False),
+    "recurrent_gemma": _RECURRENT,
     "bailing_hybrid": _HYBRID,
     "bamba": _HYBRID,
     "falcon_h1": _HYBRID,
     "glm5_next_text": _HYBRID,
     "granitemoehybrid": _HYBRID,
+    "inkling2_loop_text": _HYBRID,
     "inkling2_text": _HYBRID,
     "inkling_text": _HYBRID,
     "jamba": _HYBRID,
     "kimi_linear": _HYBRID,
+    "lara_mini": _HYBRID,
     "lfm2": _HYBRID,
     "lfm2_moe": _HYBRID,
     "lfm3": _HYBRID,
@@ -54,6 +56,7 @@ _TEXT_MODEL = (
 UNSUPPORTED: dict[str, str] = {
     "glm5_next": _TEXT_MODEL.format("glm5_next_text"),
     "inkling2": _TEXT_MODEL.format("inkling2_text"),
+    "inkling2_loop": _TEXT_MODEL.format("inkling2_loop_text"),
     "inkling_mm_model": _TEXT_MODEL.format("inkling_text"),
     "jev": "a head for decisions, not embeddings; for those, take its text model, "
     "model.base_model (of type qwen3_5_text)",

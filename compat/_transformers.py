@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,15 +16,13 @@ from ._errors import UnsupportedVersionError
 
 @cache
 def probe() -> str | None:
-    """Why the models of the installed transformers cannot continue from a state; None if they can.
+    """Why no model of the installed transformers can continue from a state; None if some can.
 
-    Releases that lack either half give other numbers and no error, so both are looked at: whether
-    the convolution gets the inputs before the chunk, and whether the scan takes an initial state.
-    No model is run: optional GPU kernels would not run on the probe's device.
+    Only what all of them share is looked at: the cache. Whether a family continues exactly is asked
+    of the family.
     """
     try:
         from transformers.cache_utils import Cache, LinearAttentionLayer
-        from transformers.models.mamba2 import modeling_mamba2
     except ImportError as error:
         return f"it has no cache for recurrent layers (an import from {error.name} failed)"
     if not hasattr(Cache, "reorder_cache") or not hasattr(LinearAttentionLayer, "reorder_cache"):
@@ -32,17 +31,83 @@ def probe() -> str | None:
     layer.update_conv_state(inputs[..., :4].clone())
     if not torch.equal(layer.update_conv_state(inputs[..., 4:])[..., -6:], inputs):
         return "the convolution's state is not put before a chunk of several tokens"
-    scan = getattr(modeling_mamba2, "mamba2_chunk_scan", None)
-    if scan is None or "initial_states" not in parameters(scan):
-        return "the scan of a chunk of several tokens takes no initial state"
     return None
 
 
+STATES = ("cache", "past_key_values", "cache_params", "state")
+"""The names under which released models take and give their state; the first since 5.24."""
+
+
+def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under all decorators, also where `kernels` made an object of it.
+
+    A decorator that renames arguments, or takes any, says nothing of what is taken in the end.
+    """
+    forward = getattr(type(function), "forward", None)
+    if forward is not None:  # An object of `kernels`, whose method holds the function.
+        function = inspect.getclosurevars(forward).nonlocals.get("func", function)
+    function = inspect.unwrap(function)
+    return getattr(function, "__func__", function)
+
+
+def parameters(function: Callable[..., Any]) -> Sequence[str]:
+    """The names of what a released function takes, in their order, under all decorators."""
+    return _parameters(innermost(function))
+
+
 @cache
-def parameters(function: Callable[..., Any]) -> frozenset[str]:
-    """The parameters of a model's own function, whether or not `kernels` made it an object."""
-    own = getattr(type(function), "forward", function)
-    return frozenset(inspect.signature(own).parameters)
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found = inspect.signature(function).parameters.values()
+    return tuple(parameter.name for parameter in found if parameter.kind not in kinds)
+
+
+def forward_of(model: Any) -> Callable[..., Any]:
+    """The forward of a model that says what it takes: its own, or its class's behind a wrapper."""
+    forward: Callable[..., Any] = model.forward
+    return forward if parameters(forward) else type(model).forward
+
+
+def state_argument(forward: Callable[..., Any]) -> str:
+    """The name under which a released forward takes its state.
+
+    Args:
+        forward: Of a model or of a layer.
+
+    Raises:
+        UnsupportedVersionError: It takes none of the known names. Any other would vanish in its
+            `**kwargs`, and the model would begin anew at each chunk.
+    """
+    return _one_of(STATES, parameters(forward), f"{innermost(forward).__qualname__} takes")
+
+
+def state_of(output: Mapping[str, Any]) -> Any:
+    """The state that a released model gives out.
+
+    Raises:
+        UnsupportedVersionError: It gives none under a known name.
+    """
+    return output[_one_of(STATES, list(output), f"{type(output).__name__} has")]
+
+
+def _one_of(names: Sequence[str], found: Sequence[str], what: str) -> str:
+    for name in names:
+        if name in found:
+            return name
+    raise UnsupportedVersionError(
+        f"transformers {transformers.__version__}: {what} {', '.join(found)}, and no state among "
+        "them",
+        f"a state that is named {', '.join(names[:-1])} or {names[-1]}",
+        'pip install "transformers>=5.15,<=5.24"',
+    )
+
+
+def modeling(model_type: str) -> Any:
+    """The module of a model type's classes in transformers; None where there is none."""
+    try:
+        return import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    except ModuleNotFoundError:
+        return None
 
 
 def require_support() -> None:

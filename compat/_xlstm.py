@@ -1,6 +1,6 @@
 """xLSTM: a state in float32 whatever the model's dtype, of the layers' own head dimensions.
 
-As of transformers 5.23.0 the model makes its cache in its own dtype, and for head dimensions
+As of transformers 5.24.0 the model makes its cache in its own dtype, and for head dimensions
 rounded up to 64, which the layers do not round. Its scan raises where a state in float32, which is
 its own default too, meets lower inputs of at least one inner chunk; there it is run in float32.
 The fork's scan does that itself.
@@ -9,7 +9,6 @@ The fork's scan does that itself.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compat._family import Family
-from compat._patches import Held, Patch
+from compat._patches import Held, Patch, arguments, wraps
+from compat._transformers import modeling
 
 
 class XLstm(Family):
@@ -65,9 +65,10 @@ def plan() -> list[Patch]:
 
     Nothing where the layers come from the xlstm package, or where the scan does not raise.
     """
-    module: Any = importlib.import_module("transformers.models.xlstm.modeling_xlstm")
+    module = modeling("xlstm")
     backend = getattr(module, "xLSTMBackend", None)
-    if backend is None or not _scan_raises(module.mlstm_chunkwise_native_autograd):
+    scan = getattr(module, "mlstm_chunkwise_native_autograd", None)
+    if backend is None or scan is None or not _scan_raises(scan):
         return []
     return [(backend, "forward", _in_float32(backend.forward))]
 
@@ -87,22 +88,32 @@ def _scan_raises(scan: Callable[..., Any]) -> bool:
 
 
 def _in_float32(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def backend_forward(self: Any, **kwargs: Any) -> Any:
-        query, state = kwargs["query"], kwargs["c_initial"]
+    @wraps(forward)
+    def backend_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        given = arguments(forward, (self, *args), kwargs)
+        query: Any = given.get("query")
+        state: Any = given.get("c_initial")
         raises = (
-            "inference" in self.config.mode
+            isinstance(query, Tensor)
             and query.dtype != torch.float32
+            and "inference" in self.config.mode
             and query.shape[2] >= self.config.chunk_size
             and (state is None or state.dtype == torch.float32)
         )
         if not raises:
-            return forward(self, **kwargs)
-        kwargs = {k: v.float() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        hidden, states = forward(self, **kwargs)
+            return forward(self, *args, **kwargs)
+        hidden, states = forward(
+            self, *map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()}
+        )
         return hidden.to(query.dtype), states
 
     return backend_forward
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value
 
 
 PATCHED = Held(plan)

@@ -68,7 +68,7 @@ def family_of(model: Any) -> Family:
                 f"build xLSTMLarge(dataclasses.replace(model.config, {name}={needed!r})) and give "
                 "it model.state_dict()",
             )
-    return XLstmLarge("state", position_ids=False, grows=False)
+    return XLstmLarge(grows=False)
 
 
 def _run_in_float32(kernels: nn.Module, dtype: torch.dtype, hooks: ExitStack) -> None:

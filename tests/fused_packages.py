@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
@@ -16,9 +17,11 @@ def kernels(conv, ops):
     """The modules of a causal-conv1d of `ci.emulation` and a mamba-ssm of `ci.interpreter`."""
     package = ModuleType("causal_conv1d")
     vars(package).update(vars(conv))
+    mamba_ssm = ModuleType("mamba_ssm")
+    mamba_ssm.__spec__ = ModuleSpec("mamba_ssm", None)
     return {
         "causal_conv1d": package,
-        "mamba_ssm": ModuleType("mamba_ssm"),
+        "mamba_ssm": mamba_ssm,
         f"{TRITON}.ssd_combined": ops.ssd_combined,
         f"{TRITON}.layernorm_gated": ops.layernorm_gated,
     }

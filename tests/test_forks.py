@@ -480,6 +480,7 @@ def release(root, tmp_path, monkeypatch):
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NOTE", str(tmp_path / "note"))
+    monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", "0")
 
     def make(version, lines, more=()):
         files = RELEASE | {"tiny/core.py": "".join(f"{line}\n" for line in lines).encode()}
@@ -494,13 +495,46 @@ def everything(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+# Reads the package that comes first on the path.
+TEST = """
+from pathlib import Path
+
+import tiny
+
+lines = Path(tiny.__path__[0], "core.py").read_text().splitlines()
+
+
+def test_ten():
+    assert "ten" in lines
+
+
+def test_29():
+    assert "line 29" in lines
+"""
+
+
+def bring(root, tree, files):
+    """Give the series a third patch, with more files."""
+    for name in files:
+        (tree / name).parent.mkdir(exist_ok=True)
+    commit(tree, {name: text.encode() for name, text in files.items()}, f"Test it\n\n{BODY}")
+    forks.export("tiny", root)
+
+
+@pytest.fixture
+def tested(root, tree):
+    """The series brings a file of tests."""
+    bring(root, tree, {"tests/test_core.py": TEST})
+
+
 OFFSET = "fits elsewhere (offset 2 lines)"
+PASSED, RIGHT = ["2 passed, 0 skipped, 0 failed"], "right"
 
 
 @pytest.mark.parametrize(
-    ("lines", "ten", "five"),
+    ("lines", "ten", "five", "tests", "verdict"),
     [
-        (LINES, ["applies"], ["applies"]),
+        (LINES, ["applies"], ["applies"], PASSED, RIGHT),
         (
             ["new", "new", *LINES],
             ["applies with an offset", f"tiny/core.py: hunk 1, @@ -10,3 +10,3 @@, {OFFSET}"],
@@ -509,11 +543,15 @@ OFFSET = "fits elsewhere (offset 2 lines)"
                 f"tiny/core.py: hunk 1, @@ -5,3 +5,3 @@, {OFFSET}",
                 f"tiny/core.py: hunk 2, @@ -20,3 +20,3 @@, {OFFSET}",
             ],
+            PASSED,
+            RIGHT,
         ),
         (
             [*LINES[:10], "10", *LINES[11:]],
             ["fails", "tiny/core.py: hunk 1, @@ -10,3 +10,3 @@, does not apply"],
             ["applies"],
+            ["1 passed, 0 skipped, 1 failed", "test_ten: tests/test_core.py:10: AssertionError: "],
+            "does not fit",
         ),
         (
             [*LINES[:10], "ten", *LINES[11:]],
@@ -523,31 +561,184 @@ OFFSET = "fits elsewhere (offset 2 lines)"
                 "tiny/core.py: hunk 1, @@ -10,3 +10,3 @@, does not apply",
             ],
             ["applies"],
+            PASSED,
+            "does not fit",
+        ),
+        (
+            [*LINES[:29], "LINE 29"],
+            ["applies"],
+            ["applies"],
+            ["1 passed, 0 skipped, 1 failed", "test_29: tests/test_core.py:14: AssertionError: "],
+            "broken",
         ),
     ],
-    ids=["the same", "offset", "conflict", "already"],
+    ids=["the same", "offset", "conflict", "already", "fits and is wrong"],
 )
-def test_rebase_tries_another_release(root, tree, release, lines, ten, five, capsys):
+def test_rebase_tries_another_release_and_runs_the_tests_of_what_applies(
+    root, tree, release, tested, lines, ten, five, tests, verdict, capsys
+):
     committed(tree)  # Work in the tree is neither used nor lost.
     before = everything(root)
     release("2.0", lines)
-    failed = "fails" in ten
-    assert __main__.main(["rebase", "tiny", "2.0"], root) == failed
+    assert __main__.main(["rebase", "tiny", "2.0"], root) == (verdict != "right")
     said = ["tiny-lib 2.0, fetched without a hash:"]
-    for name, verdict in {"0001-Say-ten.patch": ten, "0002-Say-five.patch": five}.items():
-        said += [f"{name}: {verdict[0]}", *(f"    {more}" for more in verdict[1:])]
-    said += ["What fails was left out for those after it."] if failed else []
-    assert capsys.readouterr().out.splitlines() == said
+    for name, found in {
+        "0001-Say-ten.patch": ten,
+        "0002-Say-five.patch": five,
+        "0003-Test-it.patch": ["applies"],
+    }.items():
+        said += [f"{name}: {found[0]}", *(f"    {more}" for more in found[1:])]
+    said += ["What fails was left out for those after it."] if "fails" in ten else []
+    said += ["The series' own tests, on Python"]
+    said += [f"tests/test_core.py (of 0003): {tests[0]}", *(f"    {more}" for more in tests[1:])]
+    said += [f"tiny-lib 2.0: {verdict}"]
+    found = capsys.readouterr().out.splitlines()
+    assert len(found) == len(said)
+    assert all(map(str.startswith, found, said)), found
     assert everything(root) == before
+
+
+def rebased(root, said):
+    """What rebase says of 2.0, in which `said` must stand."""
+    found = forks.rebase("tiny", "2.0", root)
+    assert found.version == "2.0"
+    assert said in found.text
+    assert found.text.endswith(f"\ntiny-lib 2.0: {found.verdict}")
+    return found.verdict
+
+
+SKIPS = "import pytest\n\ndef test_it():\n    pytest.skip('of a reason')\n"
+ABSENT = "ModuleNotFoundError: No module named 'absent'"
+
+
+@pytest.mark.parametrize(
+    ("files", "verdict", "said"),
+    [
+        ({"tests/mixin.py": "def test_it(): pass\n"}, "not run", "series brings none"),
+        ({"tests/test_a.py": SKIPS}, "not run", "0 passed, 1 skipped, 0 failed (of a reason)"),
+        ({"tests/test_a.py": "import absent\n"}, "not run", f"tests not run: {ABSENT}"),
+        (
+            {"tests/test_a.py": "def test_it():\n    import absent\n"},
+            "not run",
+            f"tests not run: tests/test_a.py:2: {ABSENT}",
+        ),
+        (
+            {
+                "tests/test_a.py": "import tiny.a\n\ndef test_it():\n    tiny.a.wrong()\n",
+                "tiny/a.py": "def wrong():\n    raise ValueError('of a reason')\n",
+            },
+            "broken",
+            "\n    test_it: tiny/a.py:2: ValueError: of a reason\n",
+        ),
+        ({"tests/test_a.py": "import tiny.absent\n"}, "broken", "No module named 'tiny.absent'"),
+        ({"tests/test_a.py": "import os\n\nos.abort()\n"}, "broken", "status -6"),
+        ({"tests/test_a.py": TEST, "tests/conftest.py": "import tiny.a\n"}, "broken", "tiny.a'"),
+        ({"tests/test_a.py": TEST, "tiny/__init__.py": "import absent\n"}, "broken", ABSENT),
+        (
+            {"tests/test_a.py": TEST, "tests/test_b.py": "0 / 0\n"},
+            "broken",
+            "test_a.py (of 0003): 2",
+        ),
+    ],
+)
+def test_rebase_calls_right_only_what_passed(root, tree, release, files, verdict, said):
+    release("2.0", LINES)
+    bring(root, tree, files)
+    assert rebased(root, said) == verdict
+
+
+def test_rebase_does_not_trust_half_a_report(root, tree, release):
+    stop = "import pytest\n\ndef test_b():\n    pytest.exit('stopped')\n"
+    release("2.0", LINES)
+    bring(root, tree, {"tests/test_a.py": TEST, "tests/test_b.py": stop})
+    assert rebased(root, "tests/test_a.py (of 0003): tests not run: pytest ended") == "not run"
+
+
+def test_rebase_runs_no_test_on_a_release_that_cannot_be_imported(root, release, tested):
+    release("2.0", LINES, {"tiny/__init__.py": b"import absent\n"})
+    assert rebased(root, f"tests/test_core.py (of 0003): tests not run: {ABSENT}\n") == "not run"
+
+
+def test_rebase_says_what_ran_the_tests(root, release, tested):
+    asked = (
+        b"Requires-Dist: pytest>=10000\nRequires-Dist: absent\nRequires-Dist: no; extra == 'a'\n"
+    )
+    release("2.0", LINES, {"PKG-INFO": RELEASE["PKG-INFO"].replace(b"1.0", b"2.0") + asked})
+    said = f"pytest {pytest.__version__} (asked for: >=10000), no absent:\n"
+    assert rebased(root, said) == "right"
+
+
+def test_rebase_tells_a_series_that_the_release_has(root, tree, release):
+    commit(tree, {"tiny/core.py": {5: "FIVE"}}, f"Say it louder\n\n{BODY}")
+    forks.export("tiny", root)
+    release("2.0", (tree / "tiny" / "core.py").read_text().splitlines())
+    assert rebased(root, "\nAll patches are in this release already;") == "does not fit"
+    release("3.0", [*LINES[:10], "ten", *LINES[11:]])
+    assert "All patches" not in forks.rebase("tiny", "3.0", root).text
+
+
+def test_rebase_takes_the_newest_release(root, release, tested, monkeypatch):
+    for version in ("9.0", "10.0.post1", "11.0rc1", "8.0"):
+        release(version, LINES)
+    found = forks.rebase("tiny", "newest", root)
+    assert (found.version, found.verdict) == ("10.0.post1", "right")
+    assert found.text.startswith("tiny-lib 10.0.post1, the newest release, fetched")
+    monkeypatch.setenv("PIP_PRE", "1")
+    with pytest.raises(forks.ForkError, match=r"11\.0rc1, a pre-release"):
+        forks.rebase("tiny", "newest", root)
+
+
+@pytest.mark.parametrize(
+    ("runner", "verdict", "said"),
+    [
+        ("def test_patched(): assert 'new' in LINES", "right", "1 passed, 0 skipped, 0 failed"),
+        ("def test_patched(): assert 'old' in LINES", "broken", "0 passed, 0 skipped, 1 failed"),
+        ("raise RuntimeError('mend me')", "not run", "tests not run: RuntimeError: mend me"),
+        ("", "not run", "tests not run: 0 passed, 0 skipped, 0 failed (no test was found)"),
+    ],
+)
+def test_rebase_runs_tests_by_a_file_of_the_repository(
+    root, release, tested, runner, verdict, said
+):
+    """The tree stands in for the fork there, and the release alone is not tested."""
+    path = root / "forks" / "tiny" / "fork.toml"
+    path.write_text(path.read_text() + '[run_by]\n"tests/test_core.py" = "tests/run_tiny.py"\n')
+    write(
+        root / "tests" / "run_tiny.py",
+        f"""
+        from ci import forks
+
+        TREES = [forks.patched("tiny"), forks.sources("tiny", "patched")]
+        LINES = set.intersection(*(
+            set((tree / "tiny" / "core.py").read_text().splitlines()) for tree in TREES
+        ))
+
+        def test_stock():
+            raise AssertionError
+
+        {runner}
+        """,
+    )
+    release("2.0", ["new", *LINES])
+    assert rebased(root, f"tests/test_core.py, by tests/run_tiny.py (of 0003): {said}") == verdict
+
+
+def test_what_runs_a_test_is_there():
+    for library in forks.libraries():
+        brought = "".join(
+            patch.read_text() for patch in (forks.ROOT / "patches" / library).glob("*")
+        )
+        for test, runner in _release.Fork.read(library).run_by.items():
+            assert f"\n+++ b/{test}\n" in brought
+            assert (forks.ROOT / runner).is_file()
 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_rebase_lays_overlays(root, release, overlay, there):
     release("2.0", LINES, {"tiny/sub/pooling.py": b"theirs"} if there else ())
-    fits, text = forks.rebase("tiny", "2.0", root)
-    assert fits is not there
     said = "overlay tiny/sub/pooling.py is a file of the release." if there else "fits"
-    assert f"compat/_pooling.py: {said}\n" in text
+    verdict = rebased(root, f"compat/_pooling.py: {said}\n")
+    assert (verdict == "does not fit") is there
 
 
 def test_rebase_names_what_pip_cannot_find(root, release, capsys):

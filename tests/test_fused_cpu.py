@@ -18,6 +18,7 @@ from torch import nn
 
 import compat
 from compat import _fused, ops
+from compat._families import backbone_of
 
 cached_model = functools.cache(tiny_model)
 ALL = sorted(_fused.MIXERS)
@@ -39,6 +40,8 @@ def on(backend):
         return run(mixer, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, ops.using(backend):
+        for model_type in ALL:  # Each is asked once whether it is exact, by runs of its own.
+            backbone_of(cached_model(model_type))
         patch.setattr(_fused, "_portable", spied)
         yield calls
 

@@ -15,7 +15,6 @@ from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tolerances import CHUNKED, COSINE
 from transformers.cache_utils import Cache, LinearAttentionLayer
-from transformers.models.mamba2 import modeling_mamba2
 
 import compat
 from compat import _sentence_transformers, _transformers, ops
@@ -312,10 +311,6 @@ def _keep_the_newest_only(self, states, *args, **kwargs):
     return states
 
 
-def _scan_from_zeros(hidden_states, dt, A, B, C, chunk_size, **kwargs):
-    raise NotImplementedError
-
-
 OLD = {
     "no linear attention cache": lambda patch: patch.delattr(
         "transformers.cache_utils.LinearAttentionLayer"
@@ -323,9 +318,6 @@ OLD = {
     "no reorder_cache": lambda patch: patch.delattr(Cache, "reorder_cache"),
     "the conv state is not put before the chunk": lambda patch: patch.setattr(
         LinearAttentionLayer, "update_conv_state", _keep_the_newest_only
-    ),
-    "the scan starts from zeros": lambda patch: patch.setattr(
-        modeling_mamba2, "mamba2_chunk_scan", _scan_from_zeros
     ),
 }
 

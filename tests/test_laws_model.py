@@ -14,6 +14,7 @@ from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
 import compat
 from compat._chunks import _warn_that_it_grows, stream, windows
 from compat._families import FAMILIES, backbone_of
+from compat._transformers import state_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Examples for a test that is run for every family or every setting.
@@ -163,7 +164,7 @@ def test_any_split_hands_on_the_exact_state(length, data, lengths):
 
     def spy(**kwargs):
         output = original(**kwargs)
-        states.append(output.cache_params)
+        states.append(state_of(output))
         return output
 
     model.forward = spy

@@ -1,9 +1,11 @@
 """What is said of releases that cannot do it, and how the table of releases is judged."""
 
+import warnings
+
 import pytest
 from sentence_transformers import SentenceTransformer
 from stack import FORKS
-from transformers.models.mamba2 import modeling_mamba2
+from transformers.cache_utils import Cache
 
 import compat
 from ci import matrix
@@ -28,8 +30,68 @@ def test_the_report_says_what_an_old_sentence_transformers_lacks(monkeypatch):
 
 
 def test_the_report_says_what_an_old_transformers_lacks(monkeypatch):
-    monkeypatch.delattr(modeling_mamba2, "mamba2_chunk_scan")
-    assert "takes no initial state" in reasons()["transformers"]
+    monkeypatch.delattr(Cache, "reorder_cache")
+    assert "the rows of its caches cannot be selected" in reasons()["transformers"]
+
+
+def test_the_last_release_is_the_one_that_is_pinned():
+    pins = (matrix.ROOT / "ci" / "constraints.txt").read_text().splitlines()
+    names = ["transformers", "sentence-transformers"]
+    last = [f"{n}=={v}" for n, v in zip(names, matrix.ENVIRONMENTS[-1], strict=True)]
+    assert set(last) <= set(pins)
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ([0.0, 1e-6], "right"),
+        ([0.3, 1e-6], "wrong, 0.3"),
+        ([1e-6, float("nan")], "wrong, nan"),
+        ([float("inf")], "wrong, inf"),
+    ],
+)
+def test_the_judgement_of_errors(errors, said):
+    assert matrix.judged(errors) == said
+
+
+def changed(monkeypatch, row, column, change):
+    """The chunks of compat, but for one row's hidden state at one token."""
+    released = compat.iter_chunks
+
+    def chunks(*args, **kwargs):
+        for start, hidden in released(*args, **kwargs):
+            if start <= column < start + hidden.shape[1]:
+                hidden[row, column - start] += change
+            yield start, hidden
+
+    monkeypatch.setattr(compat, "iter_chunks", chunks)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "said"),
+    [
+        ((0, 0), 0.0, "right"),
+        # A padded row's first token, a shorter row's last, and one of a row that is neither.
+        ((2, 16), 0.5, "wrong, 0.5"),
+        ((2, 8), 0.5, "wrong, 0.5"),
+        ((0, 35), 0.5, "wrong, 0.5"),
+        ((0, 35), float("nan"), "wrong, nan"),
+    ],
+)
+def test_a_family_is_right_where_each_token_is(monkeypatch, place, change, said):
+    changed(monkeypatch, *place, change)
+    assert matrix.model("mamba2") == said
+
+
+def test_a_family_that_warns_of_the_future_is_not_right(monkeypatch):
+    released = compat.iter_chunks
+
+    def chunks(*args, **kwargs):
+        warnings.warn("the argument is called otherwise", FutureWarning, stacklevel=2)
+        return released(*args, **kwargs)
+
+    monkeypatch.setattr(compat, "iter_chunks", chunks)
+    assert matrix.model("mamba2").startswith("wrong, FutureWarning: the argument")
 
 
 FOUND = {
@@ -39,6 +101,7 @@ FOUND = {
     "encode": "right",
 }
 OLD = {"versions": ["5.1.0", "6.2.0"]}
+CLAIMED = {"versions": ["5.15.0", "6.2.0"]}
 NAMED = " ".join(FOUND["versions"])
 CELLS = " | ".join(FOUND["versions"])
 REFUSED = {"mamba": "refused: no scan", "mamba2": "refused: no scan"}
@@ -58,6 +121,31 @@ REFUSED = {"mamba": "refused: no scan", "mamba2": "refused: no scan"}
             {"models": FOUND["models"] | {"mamba": "refused: no scan"}},
             [f"{NAMED}: mamba: refused: no scan"],
             f"| {CELLS} | 1 of 2, not mamba | yes |",
+        ),
+        (
+            CLAIMED | {"models": FOUND["models"] | {"mamba": "refused: no scan"}},
+            ["5.15.0 6.2.0: mamba: refused: no scan"],
+            "| 5.15.0 | 6.2.0 | 1 of 2, not mamba | yes |",
+        ),
+        (
+            CLAIMED | {"models": {"mamba": "right", "recurrent_gemma": "refused: its cache"}},
+            [],
+            "| 5.15.0 | 6.2.0 | 1 of 2, not recurrent_gemma | yes |",
+        ),
+        (
+            {"models": {"mamba": "right", "recurrent_gemma": "refused: its cache"}},
+            [f"{NAMED}: recurrent_gemma: refused: its cache"],
+            f"| {CELLS} | 1 of 2, not recurrent_gemma | yes |",
+        ),
+        (
+            CLAIMED | {"encode": "refused: no hook"},
+            ["5.15.0 6.2.0: encode: refused: no hook"],
+            "| 5.15.0 | 6.2.0 | 2 of 2 | no: no hook |",
+        ),
+        (
+            {"versions": ["5.22.2", "6.1.0"], "encode": "refused: no hook"},
+            [],
+            "| 5.22.2 | 6.1.0 | 2 of 2 | no: no hook |",
         ),
         (
             OLD | {"models": FOUND["models"] | {"mamba": "not tried, ValueError: 1"}},
@@ -85,6 +173,11 @@ REFUSED = {"mamba": "refused: no scan", "mamba2": "refused: no scan"}
         "old and right",
         "refused",
         "refused by the newest",
+        "refused by one that is claimed",
+        "refused as it is known",
+        "refused as it was known",
+        "encode refused by one that is claimed",
+        "encode refused by one that is not",
         "of another configuration",
         "not as in the newest",
         "wrong",

@@ -7,13 +7,14 @@ fork of transformers mends all but one family.
 """
 
 import functools
-import inspect
 
 import pytest
 import torch
 from families import FAMILIES, tiny_model
 from stack import FORKS
 from tolerances import CHUNKED
+
+from compat._transformers import parameters, state_argument
 
 cached_model = functools.cache(tiny_model)
 
@@ -67,7 +68,7 @@ NO_MASK = "the attention mask is not used"
 SQUEEZED = "the token shift of one token broadcasts (batch, hidden) against (batch, 1, hidden)"
 NO_REORDER = "xLSTMCache has no way to select rows"
 
-# Family, case: why it is wrong in transformers 5.23.0.
+# Family, case: why it is wrong in transformers 5.24.0.
 WRONG = (
     {(name, PADDED_SINGLE): FORGETS for name in FAMILIES if name not in MASK_OF_CHUNK}
     | {(name, PADDED_BIAS): BIASED for name in BIAS}
@@ -116,8 +117,7 @@ def known_to_fail(name, case):
 @torch.no_grad()
 def in_chunks(model, ids, sizes, left=None, keep=None):
     """Last hidden states (batch, seqlen, hidden_size); only rows `keep` after the first chunk."""
-    arguments = inspect.signature(model.forward).parameters
-    cache = next(n for n in ("past_key_values", "cache_params", "state") if n in arguments)
+    arguments, cache = parameters(model.forward), state_argument(model.forward)
     mask = torch.ones_like(ids)
     for row, columns in enumerate(left or ()):
         mask[row, :columns] = 0

@@ -12,6 +12,7 @@ from tolerances import CHUNKED
 from transformers import AutoModelForCausalLM
 
 import compat
+from compat._transformers import state_argument
 
 MAMBA = {
     "mamba": "MambaMixer",
@@ -128,7 +129,7 @@ def test_training_gradients_are_identical_to_the_last_bit(released, model_type):
 def test_gradients_through_the_carried_state_are_those_of_one_pass(model_type):
     """The released scan drops the state, and with it the gradient; enable mends both."""
     model, ids = tiny_model(model_type), tokens(2, 20)
-    cache = "cache_params" if "mamba" in model_type else "past_key_values"
+    cache = state_argument(model.forward)
     weight = torch.randn(2, 20, model.config.hidden_size)
 
     def gradients(sizes):
@@ -156,6 +157,7 @@ def test_enable_patches_what_is_known_and_disable_puts_the_very_objects_back(rel
     }
     mixers = {(mixer, "forward") for mixer in [*MAMBA.values(), "Mamba2Mixer"]}
     wkv = ("transformers.models.rwkv.modeling_rwkv", "rwkv_linear_attention")
+    scans |= {("transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan")}
     assert released() == scans | mixers | {("xLSTMBackend", "forward"), wkv}
     compat.enable_vertical_chunking()
     compat.disable_vertical_chunking()

@@ -4,7 +4,7 @@
     python -m ci.forks export [LIBRARY…]   forks/LIBRARY/tree -> patches/LIBRARY
     python -m ci.forks check  [LIBRARY…]   what must hold of the patches that are committed
     python -m ci.forks status [LIBRARY…]   the roadmap: native, patched or missing
-    python -m ci.forks rebase LIBRARY VERSION   which patches would fit another release
+    python -m ci.forks rebase LIBRARY VERSION   is the series right on another release, or `newest`?
     python -m ci.forks propagate [KERNEL…] [--check]   patched forks -> hub kernels
 
 `forks/LIBRARY/fork.toml` pins the release, and names overlays: files of this repository that the
@@ -13,17 +13,25 @@ fork takes as its own. `forks/LIBRARY/stock` has the release's files, as they ar
 and on branch `main` one commit for each patch. Patches are written as commits there; sync and
 export are exact inverses.
 
+`rebase` applies what applies, in a temporary folder, and runs there the tests that the series
+brings: hunks that fit may use names that are gone. Its last line is the verdict: right (all
+applies, and the tests pass), does not fit (something does not apply), broken (all applies, and a
+test fails) or not run (all applies, and the tests could not be run here, or there are none). The
+exit status is 0 for right alone.
+
 Where patches do not fit, as after a change of the pin: move patches/LIBRARY away, sync, apply them
 in the tree by `git am --keep`, mend there what does not fit, and export.
 """
 
-from ci.forks._commands import check, export, patched, rebase, sources, status, sync
+from ci.forks._commands import check, export, patched, sources, status, sync
 from ci.forks._propagate import kernels, propagate
+from ci.forks._rebase import Rebased, rebase
 from ci.forks._release import ROOT, ForkError, libraries, stock
 
 __all__ = [
     "ROOT",
     "ForkError",
+    "Rebased",
     "check",
     "export",
     "kernels",

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None, root: Path = forks.ROOT) -> int:
     options = parser.parse_intermixed_args(arguments)
     libraries = options.libraries or forks.libraries(root)
     if options.verb == "rebase" and len(options.libraries) != 2:
-        parser.error("rebase takes a library and a version of it")
+        parser.error("rebase takes a library and a version of it, or `newest`")
     problems = []
     try:
         if options.verb == "status":
@@ -33,9 +33,9 @@ def main(arguments: list[str] | None = None, root: Path = forks.ROOT) -> int:
             return 0
         if options.verb == "rebase":
             library, version = libraries
-            fits, text = forks.rebase(library, version, root)
-            print(text)
-            return int(not fits)
+            rebased = forks.rebase(library, version, root)
+            print(rebased.text)
+            return int(rebased.verdict != "right")
         if options.verb == "propagate":
             for kernel in options.libraries or forks.kernels(root):
                 changed = forks.propagate(kernel, root, check=options.check)

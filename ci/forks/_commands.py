@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +11,6 @@ from ci.forks._release import (
     ROOT,
     Fork,
     ForkError,
-    download,
     locked,
     replace,
     scratch,
@@ -22,11 +19,7 @@ from ci.forks._release import (
 )
 from ci.forks._tree import (
     SYNCED,
-    already,
-    apply,
-    begin,
     build,
-    close_overlays,
     commits,
     committed,
     contents,
@@ -34,8 +27,6 @@ from ci.forks._tree import (
     files_below,
     git,
     listed,
-    misfits,
-    overlay,
     start,
     uncommitted,
     unexported,
@@ -189,41 +180,6 @@ def _check(fork: Fork) -> list[str]:
     if work := unexported(fork):
         problems.append(f"{library}: {fork.tree} has {work}; commit it and run export.")
     return problems
-
-
-def rebase(library: str, version: str, root: Path = ROOT) -> tuple[bool, str]:
-    """Try overlays and patches on another release, in a temporary folder.
-
-    Args:
-        library: Name of the fork.
-        version: Of the other release, which pip fetches without a hash to hold it to.
-        root: The repository, in which nothing is changed.
-
-    Returns:
-        Whether all of it applies, and a text that says of each file what fits, fits elsewhere, or
-        fails and where.
-    """
-    fork = dataclasses.replace(Fork.read(library, root), version=version)
-    lines, fits = [f"{fork.name} {version}, fetched without a hash:"], True
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder, "tree")
-        begin(fork, download(fork, Path(folder)), tree)
-        for source, target in fork.overlays.items():
-            fault = overlay(fork, source, target, tree)
-            fits = fits and not fault
-            lines.append(f"{source}: {fault or 'fits'}")
-        close_overlays(fork, tree)
-        for name, patch in listed(fork).items():
-            moved, failed = misfits(tree, patch)
-            if failed and already(tree, patch):
-                failed = ["is in the release already", *failed]
-            failed = failed or apply(tree, patch)
-            fits = fits and not failed
-            verdict = "fails" if failed else "applies with an offset" if moved else "applies"
-            lines += [f"{name}: {verdict}", *(f"    {fault}" for fault in failed or moved)]
-    if not fits:
-        lines.append("What fails was left out for those after it.")
-    return fits, "\n".join(lines)
 
 
 def _message_faults(message: str) -> list[str]:

@@ -17,7 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from packaging.utils import parse_sdist_filename
+
 ROOT = Path(__file__).parents[2]
+# For a version: the newest release that is not a pre-release.
+NEWEST = "newest"
 
 
 class ForkError(Exception):
@@ -38,6 +42,8 @@ class Fork:
         environment: Variables that the sdist's metadata step needs.
         overlays: New files: path in the tree of each path in this repository.
         upstream_tests: Upstream's own files of tests, for `ci.upstream_tests`.
+        run_by: The file of this repository that runs, on a CPU, a file of tests of the patches
+            that needs a GPU: path here of each path in the tree.
     """
 
     library: str
@@ -49,6 +55,7 @@ class Fork:
     environment: dict[str, str] = field(default_factory=dict)
     overlays: dict[str, str] = field(default_factory=dict)
     upstream_tests: list[str] = field(default_factory=list)
+    run_by: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, library: str, root: Path = ROOT) -> Fork:
@@ -164,8 +171,9 @@ def fetched(fork: Fork) -> Path:
 
 
 def download(fork: Fork, folder: Path, pinned: str = "") -> Path:
-    """Fetch the release's sdist into `folder`, by pip."""
-    line = f"{fork.name}=={fork.version} {pinned}".strip()
+    """Fetch the release's sdist into `folder`, by pip, which knows what the newest one is."""
+    line = fork.name if fork.version == NEWEST else f"{fork.name}=={fork.version}"
+    line = f"{line} {pinned}".strip()
     (folder / "requirements.txt").write_text(line)
     command = "-m pip download --no-deps --no-binary :all: --no-build-isolation -q"
     command += " --disable-pip-version-check -r requirements.txt -d ."
@@ -177,10 +185,23 @@ def download(fork: Fork, folder: Path, pinned: str = "") -> Path:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    found = folder / fork.sdist.name
-    if run.returncode or not found.exists():
+    found = list(folder.glob(fork.sdist.name.replace(NEWEST, "*")))
+    if run.returncode or len(found) != 1:
         raise ForkError(f"{fork.library}: pip could not fetch {line}\n{run.stdout}")
-    return found
+    return found[0]
+
+
+def version_of(fork: Fork, sdist: Path) -> str:
+    """The version that was asked for; if that is the newest, the one in the sdist's name."""
+    if fork.version != NEWEST:
+        return fork.version
+    _, version = parse_sdist_filename(sdist.name)
+    if version.is_prerelease:
+        raise ForkError(
+            f"{fork.library}: the newest release that pip finds of {fork.name} is {version}, a "
+            "pre-release. Needed: a release, or that version by name; is PIP_PRE set?"
+        )
+    return str(version)
 
 
 def unpack(sdist: Path, folder: Path) -> None:

@@ -103,6 +103,17 @@ def already(tree: Path, patch: bytes) -> bool:
     return not _run_git(tree, "apply", "--check", "--reverse", stdin=patch).returncode
 
 
+def contained(tree: Path, patches: dict[str, bytes]) -> bool:
+    """Whether the tree has all that a series brings, so that it can be taken back from the end."""
+    try:
+        return all(
+            not _run_git(tree, "apply", "--index", "--reverse", stdin=patch).returncode
+            for patch in reversed(patches.values())
+        )
+    finally:
+        git(tree, "reset", "-q", "--hard")
+
+
 def listed(fork: Fork) -> dict[str, bytes]:
     """The patches by name, in the order of `series`, which lists each of them once."""
     file = fork.patches / "series"
