@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compat._transformers import innermost
+from compat._transformers import beneath, innermost
 
 # Both compute in float32, in another order: some 4e-7 is lost. What differs in meaning differs by
 # much more, as inputs and weights are of order 1.
@@ -88,7 +88,7 @@ def verdict(check: Callable[[Callable[..., Any]], None], function: Callable[...,
 
 def in_torch(function: Callable[..., Any]) -> Callable[..., Any]:
     """A released function, decorators and all, that calls the released functions in plain torch."""
-    inner = getattr(function, "__wrapped__", None)
+    inner = beneath(function)
     if not isinstance(function, types.FunctionType):
         return innermost(function)
     names, cells = function.__globals__, function.__closure__ or ()
@@ -99,9 +99,9 @@ def in_torch(function: Callable[..., Any]) -> Callable[..., Any]:
             if callable(names.get(name)) and not isinstance(names[name], type)
         }
     else:
-        beneath = in_torch(inner)
+        copied = in_torch(inner)
         cells = tuple(
-            types.CellType(beneath) if cell.cell_contents is inner else cell for cell in cells
+            types.CellType(copied) if cell.cell_contents is inner else cell for cell in cells
         )
     copy = types.FunctionType(
         function.__code__, names, function.__name__, function.__defaults__, cells or None

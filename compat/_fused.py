@@ -184,7 +184,8 @@ def on_cpu(model_type: str) -> str | None:
     """
     module, mixer = _mixer_of(model_type)
     if mixer is None:
-        return None
+        missing = module is not None and not is_native(model_type)
+        return f"not used, as there is no {MIXERS[model_type]}" if missing else None
     forward = released(mixer.forward)
     reason = _mamba2_probe.of_mixer(model_type, mixer, forward, _on_torch).reason
     scan = _scan_of(module)
@@ -234,7 +235,7 @@ def _with_fused_path(
             return forward(self, *args, **kwargs)
         probed = _mamba2_probe.of_mixer(model_type, mixer_class, forward, _on_torch)
         if not probed.reason:
-            run = _run_for(self, call) if type(self.norm) is probed.norm else None
+            run = _run_for(self, call) if probed.stands_for(self) else None
             if run is not None:
                 return _continue(run, self, call.inputs, call.state)
             return forward(self, *args, **kwargs)

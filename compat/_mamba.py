@@ -226,7 +226,8 @@ def _forward_with_state(forward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         inputs, cache, others = MixerCall.read(forward, self, args, kwargs)
-        if not isinstance(inputs, Tensor) or others.keys() - {"attention_mask"}:
+        known = isinstance(inputs, Tensor) and hasattr(self, "layer_idx")
+        if not known or others.keys() - {"attention_mask"}:
             return forward(self, *args, **kwargs)
         state = None
         if cache is not None and inputs.shape[1] > 1:
@@ -248,13 +249,19 @@ def _forward_with_state(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _recurrent_state(cache: Any, layer_idx: int) -> Tensor | None:
-    """The state that a layer has in the cache; None before its first chunk.
+    """The state that a layer has in the cache; None before its first chunk, and in another cache.
 
-    `get_recurrent_state`, which says the same, came with transformers 5.21.
+    `get_recurrent_state` came with transformers 5.21.
     """
-    if not cache.has_previous_state(layer_idx):
+    state: Tensor | None
+    try:
+        if hasattr(cache, "get_recurrent_state"):
+            state = cache.get_recurrent_state(layer_idx)
+        else:
+            has_state = cache.has_previous_state(layer_idx)
+            state = cache.layers[layer_idx].recurrent_states[0] if has_state else None
+    except AttributeError:
         return None
-    state: Tensor = cache.layers[layer_idx].recurrent_states[0]
     return state
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
 from compat import _tiny, ops
 from compat._behaviour import Draw, compare, verdict
-from compat._transformers import state_argument
+from compat._transformers import innermost, parameters, state_argument
 from compat.ops.mamba2_scan import mamba_chunk_scan_combined
 
 _LENGTHS = (9, 2, 13)
@@ -22,16 +23,51 @@ Continue = Callable[..., Any]
 """The fast path: a mixer, its inputs, a cache or None, and seq_idx or None; gives the outputs."""
 
 
+# What a mixer's forward may read of it: what the fast path reads too, or what is of its shape.
+# fmt: off
+_KNOWN = frozenset([
+    "A_log", "D", "act", "activation", "chunk_size", "conv1d", "conv_dim", "conv_kernel_size",
+    "dt_bias", "head_dim", "hidden_size", "in_proj", "intermediate_size", "layer_idx", "n_groups",
+    "num_heads", "out_proj", "ssm_state_size", "time_step_limit", "training",
+])
+# fmt: on
+
+
 class Probed(NamedTuple):
-    """What was found of a mixer.
+    """What was found of a class of mixers.
 
     Attributes:
         reason: Why it is not what the fast path computes; empty where it is.
-        norm: The class of the norm with which it was asked.
+        mixer: The one that was asked; None where none could be made.
+        read: What its forward reads of it beside what is known.
     """
 
     reason: str
-    norm: type | None
+    mixer: Any
+    read: frozenset[str]
+
+    def stands_for(self, mixer: Any) -> bool:
+        """Whether another instance differs from the one that was asked in what is known only."""
+        return all(
+            _alike(getattr(self.mixer, name, None), getattr(mixer, name, None))
+            for name in self.read
+        )
+
+
+def _alike(asked: Any, other: Any) -> bool:
+    """Whether two attributes are of one class, and the same where they are no weights."""
+    of_weights = isinstance(asked, nn.Module | Tensor)
+    return type(asked) is type(other) and bool(of_weights or callable(asked) or asked == other)
+
+
+def _names(function: Any, owner: type) -> set[str]:
+    """The names in a function of a class, and in the methods of the class that it names."""
+    code = getattr(innermost(function), "__code__", None)
+    found = set(code.co_names) if code else set()
+    for name in set(found):
+        if inspect.isfunction(method := vars(owner).get(name)) and method is not function:
+            found |= _names(method, owner)
+    return found
 
 
 @functools.cache
@@ -46,23 +82,27 @@ def of_mixer(
         forward: Its released forward.
         run: The fast path in plain torch.
     """
-    norm: type | None = None
+    mixer: Any = None
 
     def check(forward: Callable[..., Any]) -> None:
-        nonlocal norm
+        nonlocal mixer
         with ops.using("torch"):
             config, draw = _tiny.config(model_type), Draw()
-            mixer = _tiny_mixer(mixer_class, config, draw)
-            norm = type(mixer.norm)
+            mixer = _tiny_mixer(mixer_class, config, 0, draw)
             caches = DynamicCache(config=config), DynamicCache(config=config)
             _compare_mixers(mixer, caches, forward, run, draw)
+            second = _tiny_mixer(mixer_class, config, 1, draw)
+            inputs = draw(1, 9, second.in_proj.in_features)
+            theirs = forward(second, **{parameters(forward)[1]: inputs})
+            compare("another layer", theirs, run(second, inputs, None, None))
 
-    return Probed(verdict(check, forward), norm)
+    reason = verdict(check, forward)
+    return Probed(reason, mixer, frozenset(_names(forward, mixer_class) - _KNOWN))
 
 
-def _tiny_mixer(mixer_class: type, config: PreTrainedConfig, draw: Draw) -> Any:
+def _tiny_mixer(mixer_class: type, config: PreTrainedConfig, layer_idx: int, draw: Draw) -> Any:
     with _tiny.Draws(0):
-        mixer: Any = mixer_class(config, layer_idx=0)
+        mixer: Any = mixer_class(config, layer_idx=layer_idx)
     mixer = mixer.float().eval()
     mixer.time_step_limit = _LIMIT
     for parameter in mixer.parameters():
@@ -86,15 +126,17 @@ def _compare_mixers(
 
     # Padding goes with a projection without a bias; the rest has one.
     mixer.in_proj.bias = None
-    masked = forward(mixer, x, attention_mask=mask)
+    name, state = parameters(forward)[1], state_argument(forward)
+    masked = forward(mixer, **{name: x}, attention_mask=mask)
     compare("left padding", masked[real], run(mixer, x, None, mask.int() - 1)[real])
     mixer.in_proj.bias = nn.Parameter(draw(mixer.in_proj.out_features))
-    compare("a whole text", forward(mixer, x), run(mixer, x, None, None))
+    compare("a whole text", forward(mixer, **{name: x}), run(mixer, x, None, None))
 
-    name, (theirs, ours) = state_argument(forward), caches
+    theirs, ours = caches
     for chunk in x.split(_LENGTHS, dim=1):
         case = f"a chunk of {chunk.shape[1]}"
-        compare(case, forward(mixer, chunk, **{name: theirs}), run(mixer, chunk, ours, None))
+        released = forward(mixer, **{name: chunk, state: theirs})
+        compare(case, released, run(mixer, chunk, ours, None))
         states: list[Any] = [cache.get_recurrent_state(0) for cache in caches]
         compare(f"the state after {case}", *states)
         width = mixer.conv_kernel_size

@@ -43,11 +43,25 @@ def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
 
     A decorator that renames arguments, or takes any, says nothing of what is taken in the end.
     """
-    forward = getattr(type(function), "forward", None)
-    if forward is not None:  # An object of `kernels`, whose method holds the function.
-        function = inspect.getclosurevars(forward).nonlocals.get("func", function)
-    function = inspect.unwrap(function)
+    while (inner := beneath(function)) is not None:
+        function = inner
     return getattr(function, "__func__", function)
+
+
+def beneath(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that a decorator was given; None where it is none that hands all of it on.
+
+    Not all of them say it, as `functools.wraps` does: then it is the one function that they hold.
+    """
+    function = getattr(type(function), "forward", function)  # An object of `kernels`.
+    wrapped: Callable[..., Any] | None = getattr(function, "__wrapped__", None)
+    code = getattr(function, "__code__", None)
+    takes_any = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+    if wrapped is not None or code is None or code.co_flags & takes_any != takes_any:
+        return wrapped
+    cells = getattr(function, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells if inspect.isfunction(cell.cell_contents)]
+    return held[0] if len(held) == 1 else None
 
 
 def parameters(function: Callable[..., Any]) -> Sequence[str]:
