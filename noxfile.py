@@ -79,6 +79,13 @@ def test_kernels(session):
         session.warn("CUDA sources were not compiled for a GPU: there is no nvcc on the PATH")
 
 
+@nox.session(name="test-futures", default=False)
+def test_futures(session):
+    """Models on mutated sources of transformers: does each end exact or refused?"""
+    install(session, "tests")
+    session.run("python", "-m", "ci.futures", *session.posargs, env=OFFLINE)
+
+
 @nox.session(name="test-gpu", default=False)
 def test_gpu(session):
     """The patched kernels on a machine with a GPU: build, upstream's tests, the laws, times."""

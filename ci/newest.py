@@ -198,7 +198,7 @@ def test_rows() -> list[Row]:
         run = subprocess.run(
             [sys.executable, *command.split(), *files],
             cwd=ROOT,
-            env=_environment(),
+            env=_environment() | {"HYPOTHESIS_PROFILE": "unshrunk"},
             stdout=sys.stderr,
         )
         return of_tests(read(report) if report.exists() else {}, run.returncode)

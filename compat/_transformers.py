@@ -63,9 +63,18 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def forward_of(model: Any) -> Callable[..., Any]:
-    """The forward of a model that says what it takes: its own, or its class's behind a wrapper."""
-    forward: Callable[..., Any] = model.forward
-    return forward if parameters(forward) else type(model).forward
+    """The forward of a model that says under which name it takes its state.
+
+    That of the instance, if it has one that is not a wrapper of anything; else the first in the
+    classes: a subclass may hand its `**kwargs` on.
+    """
+    own: Callable[..., Any] | None = vars(model).get("forward")
+    if own is not None and parameters(own):
+        return own
+    forwards: list[Callable[..., Any]] = [
+        vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)
+    ]
+    return next((f for f in forwards if set(STATES) & set(parameters(f))), forwards[0])
 
 
 def state_argument(forward: Callable[..., Any]) -> str:

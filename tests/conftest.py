@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from embedders import embedder, save_checkpoint
-from hypothesis import settings
+from hypothesis import Phase, settings
 from stack import FORKS
 
 import compat
@@ -25,6 +25,10 @@ torch.set_num_threads(1)
 
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=300)
+# Where it is of interest which tests fail, and not with how little: of many, that takes long.
+settings.register_profile(
+    "unshrunk", settings.get_profile("default"), phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from families import tiny_model, tokens
+from families import FAMILIES, tiny_model, tokens
 from tolerances import CHUNKED
 from transformers import AutoModelForCausalLM
 
 import compat
+from compat import _fused
 from compat._transformers import state_argument
 
 MAMBA = {
@@ -79,7 +80,7 @@ def streamed(model, ids, size=7):
     return torch.cat([hidden for _, hidden in chunks], 1)
 
 
-@pytest.mark.parametrize("model_type", TOUCHED)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_generated_tokens_are_identical(released, model_type):
     rows = 1 if model_type in ONE_ROW else 2
     ids = tokens(rows, 9)
@@ -108,7 +109,54 @@ def test_generated_tokens_are_identical(released, model_type):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("model_type", TOUCHED)
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_goes_on_from_a_users_own_state_is_identical(released, model_type):
+    """But for Mamba-1, whose released scan begins from zeros: enable mends that."""
+    model, ids = tiny_model(model_type), tokens(1, 16)
+    name = state_argument(model.forward)
+
+    def states():
+        state, start = None, 0
+        for size in (9, 5, 1, 1):
+            output = model(ids[:, start : start + size], use_cache=True, **{name: state})
+            yield output.last_hidden_state
+            state, start = output.get(name), start + size
+            if state is None:  # recurrent_gemma gives none.
+                return
+
+    without = list(states())
+    with compat.vertical_chunking():
+        found = list(states())
+    if model_type in MAMBA:
+        whole = model(ids, use_cache=False).last_hidden_state
+        assert (torch.cat(found, 1) - whole).abs().max() <= CHUNKED[torch.float32]
+        assert (torch.cat(without, 1) - whole).abs().max() > CHUNKED[torch.float32]
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(found, without, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", [*MAMBA, *_fused.MIXERS, "rwkv", "xlstm"])
+@pytest.mark.parametrize("use_cache", [False, True], ids=["no cache", "cache"])
+def test_what_the_release_compiles_is_compiled_and_identical(released, model_type, use_cache):
+    model, ids = tiny_model(model_type), tokens(2, 12)
+    model(ids)  # rwkv prepares its weights in the first forward.
+
+    def compiled():
+        torch.compiler.reset()
+        run = torch.compile(model, backend="eager", fullgraph=True)
+        return run(ids, use_cache=use_cache).last_hidden_state
+
+    try:
+        without = compiled()
+    except Exception as error:
+        pytest.skip(f"the release is not compiled in one graph: {type(error).__name__}")
+    with compat.vertical_chunking():
+        assert torch.equal(compiled(), without)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_training_gradients_are_identical_to_the_last_bit(released, model_type):
     ids = tokens(2, 20)
 

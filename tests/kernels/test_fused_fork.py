@@ -99,8 +99,8 @@ def test_the_states_are_those_of_each_row_alone(calls):
     mask[1, :8] = mask[2, 9:] = 0
     state = None
     for start, end in [(0, 8), (8, 17)]:
-        inputs = {"attention_mask": mask[:, :end], "cache_params": state}
-        state = model(ids[:, start:end], use_cache=True, **inputs).cache_params
+        inputs = {"attention_mask": mask[:, :end], "cache": state}
+        state = model(ids[:, start:end], use_cache=True, **inputs).cache
     for row, real in enumerate(mask.bool()):
         _, exact = oracle.mamba2(model, ids[row, real].tolist())
         for layer, wanted in zip(state.layers, exact, strict=True):
@@ -151,11 +151,11 @@ def test_training_has_the_gradients_of_the_unfused_path(calls, sizes):
         state, losses, start = None, [], 0
         for size in sizes:
             end = start + size
-            inputs = {"attention_mask": mask[:, :end], "cache_params": state}
+            inputs = {"attention_mask": mask[:, :end], "cache": state}
             output = model(ids[:, start:end], use_cache=len(sizes) > 1, **inputs, **how)
             real = mask[:, start:end].bool()
             losses.append(output.last_hidden_state[real].square().sum())
-            state, start = output.cache_params, end
+            state, start = output.cache, end
         sum(losses).backward()
         return {name: weight.grad for name, weight in model.named_parameters()}
 
@@ -175,7 +175,7 @@ def test_it_is_chosen_by_the_config_and_by_the_call(calls):
         tiny_model("mamba2", **SMALL),
         tiny_model("mamba2", use_fused_scan=True, **SMALL),
     )
-    state = fused(ids, use_cache=True).cache_params
+    state = fused(ids, use_cache=True).cache
     assert len(calls) == layers
     for model, how in [
         (fused, {"use_fused_scan": False}),
@@ -184,7 +184,7 @@ def test_it_is_chosen_by_the_config_and_by_the_call(calls):
         (default.train(), {}),
     ]:
         model(ids, **how)
-    fused(ids[:, :1], cache_params=state, use_cache=True)  # A single token that continues.
+    fused(ids[:, :1], cache=state, use_cache=True)  # A single token that continues.
     assert len(calls) == layers
     default(ids, use_fused_scan=True)
     assert len(calls) == 2 * layers
