@@ -65,7 +65,7 @@ def _of_one_group(monkeypatch):
 
     That of this transformers is over all channels and does not say so, so that compat, which asks
     with two groups, rightly takes none of its mixers; from 5.23 on it is by group, and says so.
-    With one group both are the same, and all else is asked as ever.
+    With one group both are the same, and all else is asked as ever. None of this is needed there.
     """
     config, norm = _tiny.config, modeling_mamba2.MambaRMSNormGated
     monkeypatch.setattr(norm, "group_size", property(lambda self: len(self.weight)), raising=False)
