@@ -3,6 +3,7 @@
 A kernel of today, whose fused op has no conv states, is made here for the purpose.
 """
 
+import functools
 import json
 import shutil
 
@@ -14,9 +15,10 @@ from fused_packages import in_place, state_after
 from test_laws_model import in_chunks
 from test_models import ONE_GROUP
 from tolerances import CHUNKED, error
+from transformers.models.mamba2 import modeling_mamba2
 
 import compat
-from compat import _fused, _hub
+from compat import _exact, _fused, _hub, _mamba2_probe, _tiny
 
 FUSED = "mamba_split_conv1d_scan_combined"
 IDS = tokens(2, 21)
@@ -52,24 +54,38 @@ def of_today(tmp_path):
     (build / "__init__.py").write_text(INIT.format(fused=FUSED))
     (build / "layers.py").write_text(TODAY.format(fused=FUSED))
     own = hub.tree("mamba-ssm") / "build" / "torch-cpu" / "metadata.json"
-    metadata = json.loads(own.read_text()) | {"version": 4, "id": f"_of_today_{tmp_path.name}"}
+    metadata = json.loads(own.read_text()) | {"version": 5, "id": f"_of_today_{tmp_path.name}"}
     (build / "metadata.json").write_text(json.dumps(metadata))
     return tmp_path
 
 
-@pytest.fixture
-def model():
-    """A Mamba2 whose norm says its groups, as that of transformers 5.23 does."""
-    model = tiny_model("mamba2", **ONE_GROUP["mamba2"])
-    for layer in model.layers:
-        layer.mixer.norm.group_size = layer.mixer.intermediate_size
-    return model
-
-
 @pytest.fixture(autouse=True)
-def _known_norm(monkeypatch, model):
-    norm = type(model.layers[0].mixer.norm)
-    monkeypatch.setattr(_fused, "_NORM_FORWARD", _fused._fingerprint(norm.forward))
+def _of_one_group(monkeypatch):
+    """compat asks about a Mamba2 with one group, whose norm says over how many channels it is.
+
+    That of this transformers is over all channels and does not say so, so that compat, which asks
+    with two groups, rightly takes none of its mixers; from 5.23 on it is by group, and says so.
+    With one group both are the same, and all else is asked as ever. None of this is needed there.
+    """
+    config, norm = _tiny.config, modeling_mamba2.MambaRMSNormGated
+    monkeypatch.setattr(norm, "group_size", property(lambda self: len(self.weight)), raising=False)
+
+    def of_one_group(model_type):
+        made = config(model_type)
+        for name, value in ONE_GROUP.get(model_type, {}).items():
+            setattr(made, name, value)
+        return made
+
+    monkeypatch.setattr(_tiny, "config", of_one_group)
+    # Nothing that was found before is made use of, and nothing of this is remembered.
+    of_mixer = functools.cache(_mamba2_probe.of_mixer.__wrapped__)
+    monkeypatch.setattr(_mamba2_probe, "of_mixer", of_mixer)
+    monkeypatch.setattr(_exact, "_classes", {})
+
+
+@pytest.fixture
+def model(_of_one_group):
+    return tiny_model("mamba2")
 
 
 def lines():
@@ -113,7 +129,7 @@ def test_a_kernel_without_conv_states_is_not(model, of_today):
         found = in_chunks(model, IDS, ONES, 8)
         for line in lines():
             assert (
-                f"not used in mamba2, as mamba-ssm 4 of the hub has a {FUSED} that takes no "
+                f"not used in mamba2, as mamba-ssm 5 of the hub has a {FUSED} that takes no "
                 "initial_conv_states, return_final_conv_states"
             ) in line
     assert not calls
@@ -122,11 +138,17 @@ def test_a_kernel_without_conv_states_is_not(model, of_today):
 
 
 def test_a_kernel_for_some_of_the_functions_is_not(model, monkeypatch):
-    monkeypatch.setattr(_fused, "_portable", lambda *_: pytest.fail("It is not asked for."))
-    with hub.kernelized(model, ["causal_conv1d_fn"]) as calls:
+    wanted = in_chunks(model, IDS, ONES, 8)
+    lines()  # Now compat knows all mixers: it asks no more, which takes `_portable` too.
+    asked_for = "It is not asked for."
+    monkeypatch.setattr(_fused, "_portable", lambda *_, **__: pytest.fail(asked_for))
+    with pytest.raises(pytest.fail.Exception, match=asked_for):
         in_chunks(model, IDS, ONES, 8)
+    with hub.kernelized(model, ["causal_conv1d_fn"]) as calls:
+        found = in_chunks(model, IDS, ONES, 8)
         assert all("the kernels of the hub have no" in line for line in lines())
     assert set(calls) == {"causal_conv1d_fn"}
+    assert error(found, wanted) <= CHUNKED[torch.float32]
 
 
 def test_a_kernel_that_hides_its_function_is_not(model, of_today):

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from test_laws_model import alone, batches, in_chunks
 from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
 
+from compat._transformers import parameters, state_argument, state_of
+
 FEW = settings().max_examples // 3
 F32, BF16 = torch.float32, torch.bfloat16
 # This transformers norms over all channels, where 5.23 and the fused op do by group.
@@ -29,14 +31,14 @@ def model_of(model_type, dtype=F32, one_group=False):
 
 def in_steps(model, ids, sizes):
     """Hidden states of pieces of these sizes through the cache, and the cache."""
-    no_attention = model.config.model_type in ("falcon_mamba", "mamba", "mamba2")
-    name = "cache_params" if no_attention else "past_key_values"
+    forward = type(model).forward
+    name, takes_positions = state_argument(forward), "position_ids" in parameters(forward)
     cache, start, hidden = None, 0, []
     for size in sizes:
         positions = torch.arange(start, start + size)[None].expand(len(ids), -1)
-        more = {"position_ids": positions} if name == "past_key_values" else {}
+        more = {"position_ids": positions} if takes_positions else {}
         output = model(ids[:, start : start + size], use_cache=True, **{name: cache}, **more)
-        cache, start = getattr(output, name), start + size
+        cache, start = state_of(output), start + size
         hidden.append(output.last_hidden_state)
     return torch.cat(hidden, 1), cache
 

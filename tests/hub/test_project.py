@@ -29,7 +29,7 @@ def test_what_is_wrong_in_it_would_be_found(old, new, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "version", "licence", "needs"),
-    [("mamba-ssm", 5, "Apache-2.0", ["einops"]), ("causal-conv1d", 2, "BSD-3-Clause", [])],
+    [("mamba-ssm", 6, "Apache-2.0", ["einops"]), ("causal-conv1d", 2, "BSD-3-Clause", [])],
 )
 def test_kernels_info_describes_the_build(name, version, licence, needs):
     program = Path(sys.executable).with_name("kernels")

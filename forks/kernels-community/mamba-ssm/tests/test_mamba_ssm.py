@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import silu, softplus
 
-mamba = kernels.get_kernel("kernels-community/mamba-ssm", version=5)
+mamba = kernels.get_kernel("kernels-community/mamba-ssm", version=6)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, HEADDIM, DSTATE, GROUPS, WIDTH = 4, 32, 16, 2, 4

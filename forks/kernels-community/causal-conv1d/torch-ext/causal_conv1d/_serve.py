@@ -19,6 +19,7 @@ def by_device(on_cpu: Callable[..., Any], on_gpu: ModuleType | None) -> Callable
     name = on_cpu.__name__
     signature = inspect.signature(on_cpu)
     first = next(iter(signature.parameters))
+    taken = () if on_gpu is None else tuple(inspect.signature(getattr(on_gpu, name)).parameters)
 
     @functools.wraps(on_cpu)
     def function(*args: Any, **kwargs: Any) -> Any:
@@ -37,6 +38,11 @@ def by_device(on_cpu: Callable[..., Any], on_gpu: ModuleType | None) -> Callable
                 f"{name}: found tensors on a GPU; this build of the kernel is for CPUs. Needed: "
                 "the build for CUDA, which kernels.get_kernel takes where torch is one for CUDA; "
                 "or move the tensors to the CPU."
+            )
+        if unknown := [key for key in kwargs if key not in taken]:
+            raise TypeError(
+                f"{name}: found {', '.join(unknown)}, which the function for a GPU does not take. "
+                "Leave it out, or take a newer version of this kernel, whose function does."
             )
         return getattr(on_gpu, name)(*args, **kwargs)
 

@@ -8,6 +8,7 @@ A layer has the parameters of what it replaces; what the functions take besides 
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import mamba_chunk_scan_combined as _chunk_scan
@@ -17,6 +18,27 @@ from . import selective_scan_fn as _scan
 from . import selective_state_update as _update
 from ._causal_conv1d._serve import further
 from ._causal_conv1d.layers import causal_conv1d_fn, causal_conv1d_update
+
+
+def _further(layer: str, on: Tensor, given: dict[str, Any], *names: str) -> dict[str, Any]:
+    """As `further`, for a function of Mamba-2; `state_dtype` is looked at here on a CPU.
+
+    It is the dtype in which the states are kept between inner chunks. The functions have it as soon
+    as the newest release of mamba-ssm has: where the one for a GPU has not, that raises.
+
+    Raises:
+        NotImplementedError: It is another than that of the states on a CPU.
+    """
+    others = further(layer, given, *names, "state_dtype")
+    if on.device.type != "cpu" or "state_dtype" not in others:
+        return others
+    wanted, kept = others.pop("state_dtype"), torch.promote_types(on.dtype, torch.float32)
+    if wanted not in (kept, torch.float32):
+        raise NotImplementedError(
+            f"{layer}: found state_dtype {wanted} with tensors of {on.dtype} on a CPU, where the "
+            f"states are kept in {kept}. Leave it out, or move the tensors to a GPU."
+        )
+    return others
 
 
 class mamba_split_conv1d_scan_combined(nn.Module):
@@ -44,7 +66,7 @@ class mamba_split_conv1d_scan_combined(nn.Module):
     ) -> Any:
         """`mamba_split_conv1d_scan_combined` of this kernel.
 
-        Further: `seq_idx`, `initial_conv_states`, `return_final_conv_states`.
+        Further: `seq_idx`, `initial_conv_states`, `return_final_conv_states`, `state_dtype`.
         """
         names = ("seq_idx", "initial_conv_states", "return_final_conv_states")
         return _split(
@@ -66,7 +88,7 @@ class mamba_split_conv1d_scan_combined(nn.Module):
             headdim=headdim,
             ngroups=ngroups,
             norm_before_gate=norm_before_gate,
-            **further("mamba_split_conv1d_scan_combined", kwargs, *names),
+            **_further("mamba_split_conv1d_scan_combined", zxbcdt, kwargs, *names),
         )
 
 
@@ -89,7 +111,7 @@ class mamba_chunk_scan_combined(nn.Module):
     ) -> Any:
         """`mamba_chunk_scan_combined` of this kernel.
 
-        Further: `z`, `seq_idx`, and on a GPU `cu_seqlens`, `return_varlen_states`.
+        Further: `z`, `seq_idx`, `state_dtype`, and on a GPU `cu_seqlens`, `return_varlen_states`.
         """
         names = ("z", "seq_idx", "cu_seqlens", "return_varlen_states")
         return _chunk_scan(
@@ -105,7 +127,7 @@ class mamba_chunk_scan_combined(nn.Module):
             dt_softplus=dt_softplus,
             dt_limit=dt_limit,
             return_final_states=return_final_states,
-            **further("mamba_chunk_scan_combined", kwargs, *names),
+            **_further("mamba_chunk_scan_combined", hidden_states, kwargs, *names),
         )
 
 
