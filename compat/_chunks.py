@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ._families import backbone_of
 from ._family import Family
 from ._pooling import Chunk, StreamingPooling
+from ._registry import check_positions
 from ._transformers import require_support
 
 Window = tuple[int, int]
@@ -148,6 +149,7 @@ def batches(lengths: Tensor, parts: Sequence[Window]) -> list[Tensor]:
     return found
 
 
+@torch.inference_mode(False)  # A state that is made in one call may be used in another's mode.
 @torch.no_grad()
 def stream(
     backbone: PreTrainedModel,
@@ -169,10 +171,12 @@ def stream(
     Yields:
         A `Chunk` for each batch of `batches` and each part that it reaches, batch after batch.
     """
+    check_positions(backbone, int(lengths.max()))
     for rows in batches(lengths, parts):
         yield from _run(backbone, family, input_ids, lengths, parts, rows)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _run(
     backbone: PreTrainedModel,
@@ -263,6 +267,7 @@ def iter_chunks(
     first, lengths = spans(attention_mask)
     if not int(lengths.max()):
         raise ValueError("attention_mask is zero everywhere: there is no token to read.")
+    check_positions(backbone, int(lengths.max()))
     return _iter_columns(backbone, family, input_ids, first, lengths, size)
 
 

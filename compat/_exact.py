@@ -1,9 +1,10 @@
 """Whether a model continues exactly from its state: it is asked, by one pass and by chunks.
 
 No signature says what upstream changes beneath it. So when a model is first read in chunks, the
-tiny model of its class is run both ways, once for each class and kind of device; the model in hand
-is run instead where its class is not that of its type in transformers, or where no tiny model of
-it can be made.
+tiny model of its class is run both ways, once for each class and kind of device. The model in hand
+is run instead, with 20 tokens, where the tiny one does not stand for it: where its class or that of
+a layer is not transformers' or torch's own, where a module has a forward of its own or weights of
+another kind, or where no tiny model can be made.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compat import _tiny, ops
@@ -35,9 +36,14 @@ _TOLERANCE = 3e-5
 # anew, in the mean.
 _SHARE = 0.25
 
+# Whose classes of modules are what the tiny models are made of.
+_OWN = ("torch", "transformers", "kernels")
+
 _lock = threading.RLock()
 _classes: dict[tuple[type, str, str], str] = {}
-_models: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
+# Each with what it was made of when it was asked.
+_models: weakref.WeakKeyDictionary[PreTrainedModel, tuple[object, str]]
+_models = weakref.WeakKeyDictionary()
 
 
 class _Errors(NamedTuple):
@@ -62,27 +68,76 @@ def require_exact(backbone: PreTrainedModel, family: Family) -> None:
     Raises:
         UnsupportedModelError: It does not; the message has the difference, or what was raised.
     """
+    _require_independence(backbone)
     key = (type(backbone), backbone.device.type, ops.backend())
-    reason = _models.get(backbone, _classes.get(key))
+    own = _is_own(backbone)
+    made_of = None if own else (_parts(backbone), *key)
+    known, reason = _models.get(backbone, (made_of, None))
+    if known != made_of or reason is None:
+        reason = _classes.get(key) if own else None
     if reason is None:
         with _lock:
-            reason = _ask(backbone, family, key)
+            reason = _ask(backbone, family, key, own, made_of)
     if reason:
+        installed = f"transformers {transformers.__version__}"
         raise UnsupportedModelError(
-            f"{type(backbone).__name__} of transformers {transformers.__version__}, which {reason}",
+            f"{type(backbone).__name__} with {installed}, which {reason}",
             "a model that gives in chunks what it gives in one pass",
             "encode it without vertical_chunk_size, or try another release: pip install "
             '"transformers>=5.15,<=5.24"',
         )
 
 
-def _ask(backbone: PreTrainedModel, family: Family, key: tuple[type, str, str]) -> str:
-    tiny = _tiny_of(backbone)
+def asked() -> dict[str, str]:
+    """The classes of which a model was asked: empty where it is exact in chunks, else why not."""
+    found = {cls.__name__: reason for (cls, *_), reason in _classes.items()}
+    return found | {type(model).__name__: reason for model, (_, reason) in _models.items()}
+
+
+def _ask(
+    backbone: PreTrainedModel,
+    family: Family,
+    key: tuple[type, str, str],
+    own: bool,
+    made_of: object,
+) -> str:
+    tiny = _tiny_of(backbone) if own else None
     if tiny is not None:
         _classes[key] = reason = _why_not(tiny, family)
     else:
-        _models[backbone] = reason = _why_not(backbone, family)
+        reason = _why_not(backbone, family)
+        if reason and backbone.training:
+            reason += ", in training mode, with its dropout; call model.eval() first"
+        _models[backbone] = made_of, reason
     return reason
+
+
+def _parts(backbone: PreTrainedModel) -> tuple[object, ...]:
+    return tuple((id(m), type(m), "forward" in vars(m)) for m in backbone.modules())
+
+
+def _is_own(backbone: PreTrainedModel) -> bool:
+    """Whether the tiny model of its class stands for a model, whatever was done to the model."""
+    modules = all(
+        type(m).__module__.partition(".")[0] in _OWN and "forward" not in vars(m)
+        for m in backbone.modules()
+    )
+    return modules and all(type(p) is nn.Parameter for p in backbone.parameters())
+
+
+def _require_independence(backbone: PreTrainedModel) -> None:
+    """Raise where what a token gives depends on the tokens that are run with it."""
+    for name, module in backbone.named_modules():
+        kind = type(module)
+        scaled = kind.__module__.startswith("torch.ao.nn.quantized.dynamic")
+        if scaled or kind.__name__ == "Linear8bitLt":  # Of bitsandbytes: LLM.int8().
+            raise UnsupportedModelError(
+                f"a {type(backbone).__name__} whose {name} is a {kind.__module__}.{kind.__name__}, "
+                "which scales its inputs over all that runs together",
+                "a model whose tokens do not depend on how a text is cut",
+                "quantize its weights only, load it in bfloat16, or encode without "
+                "vertical_chunk_size",
+            )
 
 
 def _tiny_of(backbone: PreTrainedModel) -> PreTrainedModel | None:
@@ -98,12 +153,13 @@ def _tiny_of(backbone: PreTrainedModel) -> PreTrainedModel | None:
 
 def _why_not(model: PreTrainedModel, family: Family) -> str:
     """In which way a model is not exact in chunks; empty where it is."""
-    with shielded(), torch.device(model.device):
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    with shielded(), device:
         vocabulary = cast(Any, model.get_input_embeddings()).weight.shape[0]
         shape = (len(_LENGTHS), max(_LENGTHS))
         generator = torch.Generator("cpu").manual_seed(0)
         ids = torch.randint(3, vocabulary, shape, generator=generator, device="cpu")
-        ids = ids.to(model.device)
+        ids = ids.to(device)
         try:
             whole = _in_one_pass(model, ids)
         except Exception:  # It cannot be run at all, here: nothing to be held to.
@@ -115,7 +171,7 @@ def _why_not(model: PreTrainedModel, family: Family) -> str:
         except Exception as error:
             said = str(error).partition("\n")[0]
             return f"cannot be read in chunks ({type(error).__name__}: {said})"
-        if model.device.type == "cpu" and model.dtype in (torch.float32, torch.float64):
+        if device.type == "cpu" and model.dtype in (torch.float32, torch.float64):
             exact = found.largest <= _TOLERANCE
         else:
             lost = _errors(_in_chunks(model, family, ids, forgetful=True), whole)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ._errors import UnsupportedModelError
 from ._transformers import forward_of, parameters, state_argument, state_of
 
 
@@ -46,7 +47,10 @@ class Family:
         if "position_ids" in parameters(forward):
             positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
             extra["position_ids"] = positions.expand(len(input_ids), -1)
+        before = _states(state)
         output = backbone(input_ids=input_ids, use_cache=True, return_dict=True, **extra)
+        if input_ids.shape[1] > 1:  # A kernel for single tokens may write where none can see it.
+            _require_written(backbone, before, _states(state_of(output)))
         return output.last_hidden_state, state_of(output)
 
     def select_rows(self, state: Any, rows: Tensor) -> Any:
@@ -55,3 +59,30 @@ class Family:
             return [part[rows] for part in state]
         state.reorder_cache(rows)
         return state
+
+
+def _states(cache: Any) -> list[list[tuple[Tensor, int]]]:
+    """The recurrent layers' states in a cache, and how often each tensor was written to."""
+    found = []
+    for layer in getattr(cache, "layers", ()):
+        held: list[Any] = [getattr(layer, name, ()) for name in ("conv_states", "recurrent_states")]
+        parts = [part for states in held for part in getattr(states, "values", states.__iter__)()]
+        found.append([(part, part._version) for part in parts if isinstance(part, Tensor)])
+    return found
+
+
+def _require_written(
+    backbone: PreTrainedModel,
+    before: list[list[tuple[Tensor, int]]],
+    after: list[list[tuple[Tensor, int]]],
+) -> None:
+    """Raise where a layer that had a state has given none, whatever the cause."""
+    for index, (old, new) in enumerate(zip(before, after, strict=False)):
+        same = [a is b and written == m for (a, written), (b, m) in zip(old, new, strict=False)]
+        if old and all(same):
+            raise UnsupportedModelError(
+                f"a {type(backbone).__name__} whose layer {index} gave no state after a chunk",
+                "layers that take their state from the cache, and give it",
+                "take what replaces the layer's forward off the model, or encode it without "
+                "vertical_chunk_size",
+            )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from transformers import PreTrainedModel
 
 from compat import _hub
 from compat._behaviour import Draw, compare, verdict
-from compat._errors import UnsupportedVersionError
+from compat._errors import UnsupportedModelError, UnsupportedVersionError
 from compat._family import Family
 from compat._patches import Held, MixerCall, Patch, arguments, released, wraps
 from compat._transformers import modeling, parameters
@@ -66,16 +67,20 @@ class _Scans(NamedTuple):
     """What the scans of the mixer that is running are to do.
 
     Attributes:
+        mixer: The mixer.
         states: For each scan, of which zamba has one for each head, where it begins; None for
             zeros.
         on_ops: Whether `compat.ops` does them, where the released scan is the same.
     """
 
+    mixer: Any
     states: Iterator[Tensor | None]
     on_ops: bool
 
 
 _scans: ContextVar[_Scans | None] = ContextVar("compat_mamba_scans", default=None)
+# The mixers of the chunk that is run whose scans were told where they begin.
+_begun: ContextVar[set[Any] | None] = ContextVar("compat_mamba_begun", default=None)
 
 
 class Mamba(Family):
@@ -84,9 +89,61 @@ class Mamba(Family):
     def forward(
         self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
     ) -> tuple[Tensor, Any]:
-        """Run one chunk; see `Family.forward`."""
-        with PATCHED[backbone.config.model_type], in_chunk():
-            return super().forward(backbone, input_ids, start, state)
+        """Run one chunk; see `Family.forward`.
+
+        Raises:
+            UnsupportedModelError: A layer has not begun from its state.
+        """
+        held = PATCHED[backbone.config.model_type]
+        with held, in_chunk(), ExitStack() as stack:
+            if not held.patched:  # The release begins from the state itself.
+                return super().forward(backbone, input_ids, start, state)
+            stack.callback(_scans.reset, _scans.set(None))
+            mixers = _mixers(backbone)
+            for mixer in mixers:
+                if "forward" in vars(mixer):
+                    _hook(mixer, stack)
+            begun: set[Any] = set()
+            stack.callback(_begun.reset, _begun.set(begun))
+            # A single token takes another path, which begins from the state as it is released.
+            wanted = {m for m in mixers if input_ids.shape[1] > 1 and _has_state(m, state)}
+            output = super().forward(backbone, input_ids, start, state)
+        if missed := sorted(mixer.layer_idx for mixer in wanted - begun):
+            raise UnsupportedModelError(
+                f"a {type(backbone).__name__} of which layers {missed} began from no state",
+                "mixers that run transformers' own mamba_selective_scan",
+                "take what replaces their forward off the model, or encode without "
+                "vertical_chunk_size",
+            )
+        return output
+
+
+def _mixers(backbone: PreTrainedModel) -> list[Any]:
+    """The mixers of a model, whatever stands in front of their forward."""
+    name = MIXERS[str(backbone.config.model_type)]
+    return [m for m in backbone.modules() if any(c.__name__ == name for c in type(m).__mro__)]
+
+
+def _has_state(mixer: Any, cache: Any) -> bool:
+    return cache is not None and _recurrent_state(cache, mixer.layer_idx) is not None
+
+
+def _hook(mixer: Any, stack: ExitStack) -> None:
+    """Tell the scans of a mixer where they begin, though its class's forward may not be reached.
+
+    accelerate keeps the forward that it found, and puts its own before it.
+    """
+
+    def before(mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_in_chunk():
+            _scans.set(_scans_of(mixer, type(mixer).forward, args, kwargs))
+
+    def after(*_: Any) -> None:
+        if is_in_chunk():
+            _scans.set(None)
+
+    stack.enter_context(mixer.register_forward_pre_hook(before, with_kwargs=True))
+    stack.enter_context(mixer.register_forward_hook(after, always_call=True))
 
 
 def with_initial_state(scan: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,6 +158,8 @@ def with_initial_state(scan: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling() or (scans := _scans.get()) is None:
             return scan(*args, **kwargs)
         state = next(scans.states)
+        if (begun := _begun.get()) is not None:
+            begun.add(scans.mixer)
         given = arguments(scan, args, kwargs)
         known = not given.keys() - _ARGUMENTS.keys() - _CHOICES
         if scans.on_ops and known and not differs(scan):
@@ -220,32 +279,42 @@ def _contribution(
     return added, torch.exp(A * total[..., -1:]) * state
 
 
-def _forward_with_state(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _forward_with_state(model_type: str, forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def mixer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        # A model that was loaded meanwhile may keep this function when nobody holds it any more.
+        if torch.compiler.is_compiling() or not PATCHED[model_type].patched:
             return forward(self, *args, **kwargs)
-        inputs, cache, others = MixerCall.read(forward, self, args, kwargs)
-        known = isinstance(inputs, Tensor) and hasattr(self, "layer_idx")
-        if not known or others.keys() - {"attention_mask"}:
+        if (scans := _scans_of(self, forward, args, kwargs)) is None:
             return forward(self, *args, **kwargs)
-        state = None
-        if cache is not None and inputs.shape[1] > 1:
-            state = _recurrent_state(cache, self.layer_idx)
-        on_ops = (cache is None or is_in_chunk()) and _is_slow(self, inputs)
-        if state is None and not on_ops:
-            return forward(self, *args, **kwargs)
-        if state is None:
-            states: Iterator[Tensor | None] = itertools.repeat(None)
-        else:  # zamba scans head by head: (batch, heads, dim, dstate).
-            states = iter([state.clone()] if state.ndim == 3 else state.clone().unbind(1))
-        token = _scans.set(_Scans(states, on_ops))
+        token = _scans.set(scans)
         try:
             return forward(self, *args, **kwargs)
         finally:
             _scans.reset(token)
 
     return mixer_forward
+
+
+def _scans_of(
+    mixer: Any, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> _Scans | None:
+    """What the scans of a mixer are to do in a call; None where it is the released code's."""
+    inputs, cache, others = MixerCall.read(forward, mixer, args, kwargs)
+    known = isinstance(inputs, Tensor) and hasattr(mixer, "layer_idx")
+    if not known or others.keys() - {"attention_mask"}:
+        return None
+    state = None
+    if cache is not None and inputs.shape[1] > 1:
+        state = _recurrent_state(cache, mixer.layer_idx)
+    on_ops = (cache is None or is_in_chunk()) and _is_slow(mixer, inputs)
+    if state is None and not on_ops:
+        return None
+    if state is None:
+        return _Scans(mixer, itertools.repeat(None), on_ops)
+    # zamba scans head by head: (batch, heads, dim, dstate).
+    states = [state.clone()] if state.ndim == 3 else state.clone().unbind(1)
+    return _Scans(mixer, iter(states), on_ops)
 
 
 def _recurrent_state(cache: Any, layer_idx: int) -> Tensor | None:
@@ -295,7 +364,7 @@ def plan(model_type: str) -> list[Patch]:
     if "initial_states" in parameters(scan):
         return []
     return [
-        (mixer, "forward", _forward_with_state(mixer.forward)),
+        (mixer, "forward", _forward_with_state(model_type, mixer.forward)),
         (module, _SCAN, with_initial_state(scan)),
     ]
 

@@ -57,7 +57,7 @@ class StreamingPooling:
         self._first = torch.where(lengths > prompt_length, prompt_length, 0)
         self._kept = (lengths - prompt_length).clamp(min=0)
         self._state: dict[str, Tensor] = {}
-        self._dtype = torch.float32
+        self._dtype = self._total_dtype = torch.float32
 
     def update(self, chunk: Chunk) -> None:
         """Take in the next chunk; chunks come in the order of the text."""
@@ -76,15 +76,19 @@ class StreamingPooling:
         if "max" in state:
             top = hidden.masked_fill(~kept[..., None], -torch.inf).amax(dim=1)
             state["max"][chunk.rows] = torch.maximum(state["max"][chunk.rows], top)
+        if "sum" in state or "weighted" in state:
+            # Of one chunk in at least float32; chunks are added up in more, however many they are.
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            value = hidden.masked_fill(~kept[..., None], 0)
+            total = value.sum(1, dtype=dtype).to(self._total_dtype)
         if "sum" in state:
-            total = hidden.masked_fill(~kept[..., None], 0).sum(1, dtype=state["sum"].dtype)
             state["sum"].index_add_(0, chunk.rows, total)
         if "weighted" in state:
+            # A token's weight is its place in the text: that of the chunk, and that in the chunk.
             # A matrix product per row: no copy of the chunk is made for the weights.
-            dtype = state["weighted"].dtype
-            weight = ((position + chunk.start + 1) * kept).to(dtype)
-            value = hidden.masked_fill(~kept[..., None], 0).to(dtype)
-            state["weighted"].index_add_(0, chunk.rows, (weight[:, None] @ value)[:, 0])
+            weight = ((position + 1) * kept).to(dtype)
+            within = (weight[:, None] @ value.to(dtype))[:, 0].to(self._total_dtype)
+            state["weighted"].index_add_(0, chunk.rows, within + chunk.start * total)
 
     def finalize(self) -> Tensor:
         """The pooled vectors, (batch, len(modes) * hidden_size), in the hidden states' dtype.
@@ -97,10 +101,11 @@ class StreamingPooling:
         return torch.cat([self._result(mode).to(self._dtype) for mode in self.modes], dim=-1)
 
     def _allocate(self, hidden: Tensor) -> None:
-        """Set up the accumulators, in at least float32: the sums run over the whole text."""
+        """Set up the accumulators; sums run over the whole text, and lose nothing in float64."""
         self._dtype = hidden.dtype
+        if hidden.device.type != "mps":  # Which has no float64.
+            self._total_dtype = torch.float64
         shape = (len(self.lengths), hidden.shape[-1])
-        total_dtype = torch.promote_types(hidden.dtype, torch.float32)
         for mode in self.modes:
             if mode in ("cls", "lasttoken"):
                 self._state[mode] = hidden.new_zeros(shape)
@@ -108,7 +113,7 @@ class StreamingPooling:
                 self._state["max"] = hidden.new_full(shape, -torch.inf)
             else:
                 name = "weighted" if mode == "weightedmean" else "sum"
-                self._state[name] = hidden.new_zeros(shape, dtype=total_dtype)
+                self._state[name] = hidden.new_zeros(shape, dtype=self._total_dtype)
 
     def _pick(self, mode: str, target: Tensor, chunk: Chunk) -> None:
         """Keep the hidden state of each row's token `target` if it lies in this chunk."""
@@ -123,13 +128,14 @@ class StreamingPooling:
         total = self._state[name]
         if mode == "weightedmean":
             # The weights are 1, 2, 3, ... and sum up to n (n + 1) / 2, less the prompt's share.
-            prompt = torch.minimum(self.lengths, torch.full_like(self.lengths, self.prompt_length))
-            divisor = (self.lengths * (self.lengths + 1) - prompt * (prompt + 1)) / 2
-        elif mode == "mean_sqrt_len_tokens":
-            divisor = self._kept.sqrt()
+            prompt = self.lengths.clamp(max=self.prompt_length)
+            weights = self.lengths * (self.lengths + 1) - prompt * (prompt + 1)
+            divisor = (weights // 2).to(total.dtype)
         else:
-            divisor = self._kept
-        return total / divisor.to(total.dtype).clamp(min=1e-9)[:, None]
+            divisor = self._kept.to(total.dtype)
+            if mode == "mean_sqrt_len_tokens":
+                divisor = divisor.sqrt()
+        return total / divisor.clamp(min=1e-9)[:, None]
 
 
 @dataclass(frozen=True)

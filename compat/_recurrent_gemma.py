@@ -56,7 +56,7 @@ class RecurrentGemma(Family):
                     "a release whose RecurrentGemmaConfig has layer_types",
                     'pip install --upgrade "transformers>=5.23"',
                 )
-            zeros = [_zeros(block, len(input_ids)) for block in blocks]
+            zeros = [_zeros(block, input_ids) for block in blocks]
             state = _State(DynamicCache(config=backbone.config), zeros)
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
         with _lock, ExitStack() as stack:
@@ -83,10 +83,12 @@ class RecurrentGemma(Family):
         return state
 
 
-def _zeros(block: Any, batch: int) -> tuple[Tensor, Tensor]:
-    weight = block.conv_1d.weight
-    conv = weight.new_zeros(batch, block.lru_width, block.conv1d_width - 1)
-    return conv, weight.new_zeros(batch, block.lru_width, dtype=torch.float32)
+def _zeros(block: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    batch, weight = len(input_ids), block.conv_1d.weight
+    # Weights that are loaded when they are used lie nowhere before.
+    device = input_ids.device if weight.is_meta else weight.device
+    conv = torch.zeros(batch, block.lru_width, block.conv1d_width - 1, dtype=weight.dtype)
+    return conv.to(device), torch.zeros(batch, block.lru_width, device=device, dtype=torch.float32)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Literal
 
 from packaging.version import Version
 
-from compat import _fused, _hub, _mamba, _rwkv, _sentence_transformers, _transformers, ops
+from compat import _exact, _fused, _hub, _mamba, _rwkv, _sentence_transformers, _transformers, ops
 from compat._errors import UnsupportedVersionError
 
 State = Literal["native", "patched", "absent"]
@@ -88,7 +88,10 @@ class Report:
         ]
         runs = [f"fused path of Mamba2 on a GPU: {self.fused}", f"on a CPU: {self.cpu}"]
         slower = [f"    {name}: {why}" for name, why in self.paths.items() if why]
-        return "\n".join([*lines, "", *runs, *slower])
+        wrong = [
+            f"not in chunks: {name}, which {why}" for name, why in _exact.asked().items() if why
+        ]
+        return "\n".join([*lines, "", *runs, *slower, *wrong])
 
 
 def library_status(library: str, state: State, reason: str) -> LibraryStatus:

@@ -1,5 +1,8 @@
 """Streaming pooling is sentence-transformers' Pooling, however the text is cut."""
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given
@@ -56,3 +59,40 @@ def test_an_unknown_mode_is_named():
 def test_without_a_chunk_there_is_no_embedding():
     with pytest.raises(RuntimeError, match="no chunk"):
         StreamingPooling(("mean",), torch.tensor([3])).finalize()
+
+
+@pytest.mark.parametrize("mode", ["mean", "mean_sqrt_len_tokens", "weightedmean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_beyond_the_integers_of_float32_are_exact(dtype, mode):
+    """Two chunks of four tokens, and zeros between them that are not run: 2^25 tokens."""
+    length = 2**25 + 3
+    value = torch.rand(1, 4, 2, dtype=torch.float64).to(dtype)
+    pooling = StreamingPooling((mode,), torch.tensor([length]))
+    for start in (0, length - 4):
+        pooling.update(Chunk(start, torch.tensor([0]), torch.tensor([4]), value))
+
+    numbers = [[Fraction(x) for x in row] for row in value[0].T.tolist()]
+    places = [*range(1, 5), *range(length - 3, length + 1)]
+    weights = places if mode == "weightedmean" else [1] * 8
+    sums = [sum(w * x for w, x in zip(weights, [*row, *row], strict=True)) for row in numbers]
+    divisor = {
+        "mean": length,
+        "mean_sqrt_len_tokens": Fraction(math.sqrt(length)),
+        "weightedmean": Fraction(length * (length + 1), 2),
+    }[mode]
+    wanted = torch.tensor([[float(total / divisor) for total in sums]], dtype=torch.float64)
+    found = pooling.finalize()
+    assert found.dtype == dtype
+    # A few units in the last place of the chunk's own dtype: its four values are added in it.
+    assert ((found.double() - wanted) / wanted).abs().max() <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("mode", ["mean", "weightedmean"])
+def test_sums_of_many_chunks_lose_nothing(mode):
+    """One bit in the last place of a float32 for each of the chunks, of which there are many."""
+    count, value = 20_000, 1 + 2**-23
+    pooling = StreamingPooling((mode,), torch.tensor([count]))
+    for start in range(count):
+        hidden = torch.full((1, 1, 1), value)
+        pooling.update(Chunk(start, torch.tensor([0]), torch.tensor([1]), hidden))
+    assert pooling.finalize().item() == value
