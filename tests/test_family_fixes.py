@@ -112,7 +112,7 @@ def test_a_mamba_scan_begins_from_a_state(scan, dtype, optional, use_softplus, s
     with pytest.MonkeyPatch.context() as patch:
         if scan is kernel:  # Where mamba-ssm is installed, its arithmetic is the kernel's.
             patch.setattr(_mamba, "find_spec", lambda _: object())
-        token = _mamba._scans.set(_mamba._Scans(iter([state]), on_ops=False))
+        token = _mamba._scans.set(_mamba._Scans(None, iter([state]), on_ops=False))
         try:
             x = arguments.pop("x")
             from_state = _mamba.with_initial_state(scan)
