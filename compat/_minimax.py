@@ -1,6 +1,6 @@
 """MiniMax: a cache that counts tokens where attention keeps them, and a state in float32.
 
-As of transformers 5.23.0 its cache asks layer 0 for the length of the text, which holds no keys
+As of transformers 5.24.0 its cache asks layer 0 for the length of the text, which holds no keys
 where layer 0 is linear; it leaves the linear layers' state out when rows are selected; and those
 layers keep their state in the model's dtype.
 """

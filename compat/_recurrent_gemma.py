@@ -1,6 +1,6 @@
 """RecurrentGemma: the state, which lives on the modules, is set before a chunk and taken after it.
 
-As of transformers 5.23.0 the recurrent blocks keep their state as attributes, so that it leaks
+As of transformers 5.24.0 the recurrent blocks keep their state as attributes, so that it leaks
 from one text into the next; a chunk of several tokens overwrites the convolution's state without
 reading it; and the model does not return its cache.
 """
