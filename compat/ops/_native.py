@@ -57,7 +57,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         found, lost = _open(compiler, says, capability)
     except _Unavailable as error:
         return None, str(error)
-    team = _team()
+    openmp = runtime()
+    team = None if openmp is None else ctypes.cast(openmp.GOMP_parallel, ctypes.c_void_p)
     found.compat_set_team(team)
     threads = "torch's threads" if team else "threads of its own, as torch's are not OpenMP's"
     return found, f"built by {_first_line(says)}, {capability}, on {threads}{lost}"
@@ -175,12 +176,15 @@ def _one_line(error: OSError) -> str:
     return " ".join(str(error).split())
 
 
-def _team() -> ctypes.c_void_p | None:
-    """GOMP_parallel of the OpenMP runtime that torch runs on, which libgomp and libomp have."""
+@functools.cache
+def runtime() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch runs on, if it has GOMP_parallel, as libgomp and libomp do."""
     torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     for name in (None, str(torch_cpu)):  # A preloaded runtime comes before torch's own.
         try:
-            return ctypes.cast(ctypes.CDLL(name).GOMP_parallel, ctypes.c_void_p)
-        except (OSError, AttributeError):
+            found = ctypes.CDLL(name)
+        except OSError:
             continue
+        if hasattr(found, "GOMP_parallel"):
+            return found
     return None
