@@ -1,6 +1,7 @@
 """How the native kernels are built, found again, and done without; and what they share."""
 
 import ctypes
+import errno
 import math
 import os
 import re
@@ -58,7 +59,11 @@ def _has(command):
 
 
 def libraries(tmp_path):
-    return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    """The libraries in the cache, where nothing is but them and their sums."""
+    found = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    whole = [path for path in found if path.suffix == ".so"]
+    assert found == sorted([*whole, *(path.with_suffix(".sum") for path in whole)])
+    return whole
 
 
 # Built once, and found again.
@@ -92,18 +97,158 @@ def test_another_source_header_compiler_or_option_is_built_anew(
     assert [len(libraries(tmp_path)), compilations()] == [5, 5]
 
 
-def test_processes_that_build_at_the_same_time_all_get_it(build, compiler, tmp_path):
-    compilations = compiler('sleep 1; exec {compiler} "$@"')
-    code = (
+def in_a_new_process(tmp_path, before=""):
+    """Builds that source in a process of its own, which loading a torn library would end."""
+    code = before + (
         "from pathlib import Path; from compat.ops import _native; "
         f"_native._FOLDER = Path({str(tmp_path / 'native')!r}); "
-        "_native._loaded.cache_clear(); assert _native.library(), _native.reason()"
+        "_native._loaded.cache_clear(); print(_native.library() is not None, _native.reason())"
     )
     command = [sys.executable, "-c", code]
-    running = [subprocess.Popen(command, cwd=ROOT, env=os.environ) for _ in range(2)]
-    assert [process.wait() for process in running] == [0, 0]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_processes_that_build_at_the_same_time_all_get_it(build, compiler, tmp_path):
+    compilations = compiler('sleep 1; exec {compiler} "$@"')
+    running = [in_a_new_process(tmp_path) for _ in range(2)]
+    for process in running:
+        said, _ = process.communicate()
+        assert process.returncode == 0
+        assert said.startswith("True "), said
     assert compilations() == 2
     assert len(libraries(tmp_path)) == 1
+
+
+TORN = {
+    "half of it": lambda whole: whole[: len(whole) // 2],
+    "its first bytes": lambda whole: whole[:100],
+    "zeros in its middle": lambda whole: whole[:4096] + bytes(4096) + whole[8192:],
+    "another byte": lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+}
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_a_torn_library_is_built_anew_and_then_kept(build, compiler, tmp_path, torn):
+    compilations = compiler('exec {compiler} "$@"')
+    build()
+    [kept] = libraries(tmp_path)
+    whole = kept.read_bytes()
+    kept.unlink()  # The process that has loaded it keeps its own.
+    kept.write_bytes(TORN[torn](whole))
+    process = in_a_new_process(tmp_path)
+    said, _ = process.communicate()
+    assert process.returncode == 0
+    assert re.fullmatch(r"True built by script 1\.0, \w+, on torch's threads\n", said)
+    assert libraries(tmp_path) == [kept]
+    assert kept.read_bytes() == whole
+    assert build()[0] is not None
+    assert compilations() == 2
+
+
+@pytest.mark.parametrize("torn", [None, b"", b"12", b"\xff\xfe"])
+def test_a_library_without_its_sum_is_built_anew(build, compiler, tmp_path, torn):
+    compilations = compiler('exec {compiler} "$@"')
+    build()
+    [kept] = libraries(tmp_path)
+    beside = kept.with_suffix(".sum")
+    beside.unlink() if torn is None else beside.write_bytes(torn)
+    for _ in range(2):
+        assert build()[0] is not None
+        assert libraries(tmp_path) == [kept]
+        assert compilations() == 2
+
+
+def test_what_is_kept_is_on_the_disk_before_it_has_its_name(build, compiler, tmp_path, monkeypatch):
+    compiler('exec {compiler} "$@"')
+    steps = []
+    sync, rename = os.fsync, Path.replace
+
+    def synced(handle):
+        steps.append(Path(f"/proc/self/fd/{handle}").resolve().suffix)
+        sync(handle)
+
+    def renamed(path, target):
+        steps.append(f"{target.suffix} named")
+        return rename(path, target)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("this system does not tell a handle's path")
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    build()
+    assert steps == [".so", ".so named", ".sum", ".sum named"]
+
+
+# Where it cannot be kept, each process has its own.
+
+
+def test_a_process_builds_for_itself_where_the_cache_cannot_be_written(
+    build, compiler, tmp_path, monkeypatch
+):
+    compilations = compiler('exec {compiler} "$@"')
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    (tmp_path / "cache").write_text("a file")
+    for count in (1, 2):
+        library, reason = build()
+        library.compat_set_team(None)
+        assert "on torch's threads, for this process only: [Errno 20] Not a directory" in reason
+        assert str(tmp_path / "cache") in reason
+        assert compilations() == count
+    assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("step", ["fsync", "mkdir", "rename"])
+def test_a_full_disk_or_a_folder_that_is_read_only_leaves_nothing_torn(
+    build, compiler, tmp_path, monkeypatch, step
+):
+    """Each step that writes to the cache meets it in its turn; the compiler writes elsewhere."""
+    compilations = compiler('exec {compiler} "$@"')
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there")
+
+    where = {"fsync": (os, "fsync"), "mkdir": (Path, "mkdir"), "rename": (Path, "replace")}
+    with monkeypatch.context() as full:
+        full.setattr(*where[step], refuse)
+        library, reason = build()
+    assert library is not None
+    assert reason.endswith("for this process only: [Errno 28] No space left on device: 'there'")
+    assert libraries(tmp_path) == []
+    assert build()[1].endswith("on torch's threads")
+    assert len(libraries(tmp_path)) == 1
+    with monkeypatch.context() as full:  # What is there needs no writing.
+        full.setattr(*where[step], refuse)
+        assert build()[1].endswith("on torch's threads")
+    assert compilations() == 2
+
+
+def test_a_disk_that_is_full_for_the_compiler_too_is_a_reason(build, compiler, tmp_path):
+    compiler('exec {compiler} "$@"')
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); "
+    process = in_a_new_process(tmp_path, before=limited)
+    said, _ = process.communicate()
+    assert process.returncode == 0
+    assert said.startswith("False ")
+    assert libraries(tmp_path) == []
+    process = in_a_new_process(tmp_path)
+    assert process.communicate()[0].startswith("True ")
+
+
+def test_no_home_is_no_cache(build, compiler, monkeypatch):
+    compiler('exec {compiler} "$@"')
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    library, reason = build()
+    assert library is not None
+    assert reason.endswith(
+        "for this process only: there is no cache folder: Could not determine home directory."
+    )
 
 
 # Where it is not to be had.
@@ -115,11 +260,12 @@ FAILS = {
     "a compiler that is not there": ({"CXX": "nowhere -m64"}, None, "compiler (nowhere -m64)"),
     "a compiler that does not run": ({"CXX": "false"}, None, "false does not run: exit status 1"),
     "an error in the source": ({}, 'echo "a.cpp:1: error: no" >&2; exit 1', "a.cpp:1: error: no"),
-    "a compiler that writes nothing": ({}, "exit 0", "cannot be written"),
+    "a compiler that dies": ({}, 'echo half > "$0.so"; kill -9 $$', "failed: exit status -9"),
+    "a compiler that writes nothing": ({}, "exit 0", "script failed: it wrote no library"),
     "an object that cannot be loaded": (
         {},
         'while [ $# -gt 1 ]; do shift; done; echo text > "$1"',
-        "cannot be loaded",
+        "cannot be written or loaded",
     ),
 }
 
@@ -142,14 +288,6 @@ def test_without_it_plain_torch_runs_and_the_reason_is_said(
     assert f"plain torch, as the native kernels are not to be had: {reason}" in str(compat.status())
     with pytest.raises(RuntimeError, match=re.escape(reason)), ops.using("native"):
         pass
-
-
-def test_a_cache_that_cannot_be_written_is_a_reason(build, compiler, tmp_path):
-    compiler('exec {compiler} "$@"')
-    (tmp_path / "cache").write_text("a file")
-    library, reason = build()
-    assert library is None
-    assert f"{tmp_path / 'cache'}/vertical-chunking cannot be written" in reason
 
 
 def test_an_unknown_backend_is_refused():

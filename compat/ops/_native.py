@@ -2,7 +2,9 @@
 
 One small shared library is made of native/*.cpp by the system's compiler, for the vector
 instructions that torch itself found in this CPU. Its threads are those of the OpenMP pool that
-torch has loaded. Where there is no compiler, or COMPAT_NATIVE=0, the ops run in plain torch.
+torch has loaded. Beside it in the cache lies its length and hash: a torn file, which would end the
+process when it is loaded, is made anew. Where the cache cannot be had, each process compiles for
+itself; where there is no compiler, or COMPAT_NATIVE=0, the ops run in plain torch.
 """
 
 from __future__ import annotations
@@ -52,17 +54,14 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
             raise _Unavailable("COMPAT_NATIVE=0")
         compiler, says = _compiler()
         capability = torch.backends.cpu.get_cpu_capability()
-        path = _build(compiler, says, capability)
-        try:
-            found = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise _Unavailable(f"{path} cannot be loaded: {_first_line(str(error))}") from error
+        found, lost = _open(compiler, says, capability)
     except _Unavailable as error:
         return None, str(error)
-    team = _team()
+    openmp = runtime()
+    team = None if openmp is None else ctypes.cast(openmp.GOMP_parallel, ctypes.c_void_p)
     found.compat_set_team(team)
     threads = "torch's threads" if team else "threads of its own, as torch's are not OpenMP's"
-    return found, f"built by {_first_line(says)}, {capability}, on {threads}"
+    return found, f"built by {_first_line(says)}, {capability}, on {threads}{lost}"
 
 
 def _compiler() -> tuple[list[str], str]:
@@ -77,33 +76,84 @@ def _compiler() -> tuple[list[str], str]:
     raise _Unavailable(f"no C++ compiler ({own or 'c++, g++ or clang++'}) was found")
 
 
-def _build(compiler: list[str], says: str, capability: str) -> Path:
-    """The path of the shared library for this compiler and CPU, compiled where it is not yet."""
+def _open(compiler: list[str], says: str, capability: str) -> tuple[ctypes.CDLL, str]:
+    """The library for this compiler and CPU, compiled where the cache does not have it whole.
+
+    Returns:
+        The library, and why it is not kept for the next process, or nothing.
+    """
     flags = [*_FLAGS, *(_X86.get(capability, []) if platform.machine() == "x86_64" else [])]
     sources = sorted(_FOLDER.glob("*.cpp"))
     key = hashlib.sha256(repr((compiler, says, flags, platform.machine())).encode())
     for path in [*sources, *sorted(_FOLDER.glob("*.h"))]:
         key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    name = f"native-{key.hexdigest()[:20]}.so"
+    try:
+        kept = _cache() / name
+        if _is_whole(kept):
+            return ctypes.CDLL(str(kept)), ""
+    except OSError:
+        pass  # Unreadable, or where nothing may be loaded from: what keeping it meets is told.
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            made = Path(scratch) / name
+            try:
+                _run([*compiler, *flags, *map(str, sources), "-o", str(made)])
+            except _Unavailable as error:
+                raise _Unavailable(f"{shlex.join(compiler)} failed: {error}") from error
+            if not made.is_file():
+                raise _Unavailable(f"{shlex.join(compiler)} failed: it wrote no library")
+            try:
+                kept = _cache() / name
+                _keep(made, kept)
+                return ctypes.CDLL(str(kept)), ""
+            except OSError as error:
+                # A library stays loaded when its file is gone.
+                return ctypes.CDLL(str(made)), f", for this process only: {_one_line(error)}"
+    except OSError as error:
+        raise _Unavailable(f"it cannot be written or loaded: {_one_line(error)}") from error
+
+
+def _cache() -> Path:
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:
-        raise _Unavailable(f"there is no cache folder: {error}") from error
-    cache = Path(home) / "vertical-chunking"
-    target = cache / f"native-{key.hexdigest()[:20]}.so"
-    if target.exists():
-        return target
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        # Beside the target, and renamed when it is whole: processes may do this at the same time.
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            made = Path(scratch) / "native.so"
-            _run([*compiler, *flags, *map(str, sources), "-o", str(made)])
-            made.replace(target)
-    except OSError as error:
-        raise _Unavailable(f"{cache} cannot be written: {error}") from error
-    except _Unavailable as error:
-        raise _Unavailable(f"{shlex.join(compiler)} failed: {error}") from error
-    return target
+        raise FileNotFoundError(f"there is no cache folder: {error}") from error
+    return Path(home) / "vertical-chunking"
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library in the cache has the length and the hash that lie beside it."""
+    beside = _beside(library)
+    if not library.exists() or not beside.exists():
+        return False
+    return beside.read_text(errors="replace") == _sum(library.read_bytes())
+
+
+def _keep(made: Path, kept: Path) -> None:
+    """Put a library and its sum into the cache: each of them whole, or not at all.
+
+    Processes may do this at the same time. If the library of one comes to lie beside the sum of
+    another, and they differ, then the next process makes both anew.
+    """
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    content = made.read_bytes()
+    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+        for target, data in ((kept, content), (_beside(kept), _sum(content).encode())):
+            written = Path(scratch) / target.name
+            with written.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # Before the rename, which may outlive a power cut alone.
+            written.replace(target)
+
+
+def _beside(library: Path) -> Path:
+    return library.with_suffix(".sum")
+
+
+def _sum(content: bytes) -> str:
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}\n"
 
 
 def _run(command: list[str]) -> str:
@@ -122,12 +172,19 @@ def _first_line(text: str) -> str:
     return next((line for line in lines if "error" in line), lines[0] if lines else "")
 
 
-def _team() -> ctypes.c_void_p | None:
-    """GOMP_parallel of the OpenMP runtime that torch runs on, which libgomp and libomp have."""
+def _one_line(error: OSError) -> str:
+    return " ".join(str(error).split())
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch runs on, if it has GOMP_parallel, as libgomp and libomp do."""
     torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     for name in (None, str(torch_cpu)):  # A preloaded runtime comes before torch's own.
         try:
-            return ctypes.cast(ctypes.CDLL(name).GOMP_parallel, ctypes.c_void_p)
-        except (OSError, AttributeError):
+            found = ctypes.CDLL(name)
+        except OSError:
             continue
+        if hasattr(found, "GOMP_parallel"):
+            return found
     return None

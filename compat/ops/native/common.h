@@ -28,8 +28,10 @@ void parallel_for(int64_t n, int threads, const Body& body) {
     auto& s = *static_cast<Shared*>(given);
     for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.n;) s.body(i);
   };
-  if (n < threads) threads = int(n);
+  // Always of all threads: libgomp ends those that a smaller team leaves over, and torch's next
+  // loop would have to start them again.
   if (compat_team) return compat_team(work, &shared, unsigned(threads), 0);
+  if (n < threads) threads = int(n);
   std::vector<std::thread> others;
   for (int i = 1; i < threads; ++i) others.emplace_back(work, &shared);
   work(&shared);
