@@ -43,7 +43,9 @@ class Problem(NamedTuple):
 Items = Iterator[Document | Problem]
 
 
-def read_documents(inputs: Sequence[Path], text_column: str, id_column: str | None) -> Items:
+def read_documents(
+    inputs: Sequence[Path], text_column: str, id_column: str | None, traceback: bool = False
+) -> Items:
     """Read the inputs in their order, holding one document at a time (Parquet: a few rows).
 
     Args:
@@ -51,13 +53,14 @@ def read_documents(inputs: Sequence[Path], text_column: str, id_column: str | No
             `.parquet` files.
         text_column: Where the text is in JSONL and Parquet.
         id_column: Where the id is in JSONL and Parquet; without it, the id is `FILE:LINE`.
+        traceback: Whether to raise an error that is not foreseen, instead of reporting it.
 
     Yields:
         Every document, and a `Problem` in place of what is not one. An id comes only once.
     """
     seen: dict[str, str] = {}
     for path in inputs:
-        for item in _read_input(path, text_column, id_column):
+        for item in _read_safely(path, text_column, id_column, traceback):
             if isinstance(item, Problem):
                 yield item
             elif item.id in seen:
@@ -66,6 +69,20 @@ def read_documents(inputs: Sequence[Path], text_column: str, id_column: str | No
             else:
                 seen[item.id] = item.where
                 yield item
+
+
+def _read_safely(path: Path, text_column: str, id_column: str | None, traceback: bool) -> Items:
+    """Read an input, of which no fault keeps the other inputs from being read."""
+    try:
+        yield from _read_input(path, text_column, id_column)
+    except MemoryError:
+        what = "found too little memory for it, needed room: split it into smaller files"
+        yield Problem(str(path), what)
+    except Exception as error:
+        if traceback:
+            raise
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        yield Problem(str(path), f"found an error ({reason}), needed none; --traceback shows where")
 
 
 def _read_input(
@@ -153,6 +170,9 @@ def _read_parquet(path: Path, text_column: str, id_column: str | None) -> Items:
             if missing := [column for column in columns if column not in names]:
                 yield Problem(str(path), _no_column(missing[0], names))
                 return
+            if doubled := [column for column in columns if names.count(column) > 1]:
+                yield Problem(str(path), _doubled(doubled[0]))
+                return
             for batch in file.iter_batches(batch_size=16, columns=columns):
                 for row in range(len(batch)):
                     number += 1
@@ -163,6 +183,8 @@ def _read_parquet(path: Path, text_column: str, id_column: str | None) -> Items:
                         yield _not_utf8(where, error)
                     else:
                         yield _from_record(where, record, text_column, id_column)
+    except MemoryError:  # Arrow's own is an ArrowException too.
+        raise
     except pa.ArrowException as error:
         where = f"{path}:{number + 1}" if number else str(path)
         yield Problem(where, f"found broken Parquet ({_one_line(error)}), needed a whole file")
@@ -205,6 +227,10 @@ def _kind(value: object) -> str:
 def _no_column(column: str, names: Any) -> str:
     there = ", ".join(map(repr, names)) or "nothing"
     return f"found {there}, needed the column {column!r}"
+
+
+def _doubled(column: str) -> str:
+    return f"found the column {column!r} more than once, needed one of that name"
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> Problem:

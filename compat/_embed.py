@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 
 import compat
 from compat import _progress
-from compat._default_model import WEIGHTS_LABEL, load_default_model
 from compat._documents import Document, Problem, read_documents
 from compat._errors import VerticalChunkingError
+from compat._loading import in_short, is_of_memory, label, load_model
 
 # The settings stand under this key of the metadata: a file without it is somebody else's.
 SETTINGS_KEY = b"vertical_chunking"
@@ -59,8 +59,12 @@ def embed(
     device: str | None,
     text_column: str,
     id_column: str | None,
+    traceback: bool = False,
 ) -> int:
     """Embed the documents that the output does not have yet; the command's help says the rest.
+
+    Args:
+        traceback: Whether to raise what one document alone made fail, instead of reporting it.
 
     Returns:
         The number of problems; each was one line on stderr.
@@ -80,7 +84,7 @@ def embed(
             tqdm.write(str(problem), file=sys.stderr)
 
     def unfinished() -> Iterator[Document]:
-        for item in read_documents(inputs, text_column, id_column):
+        for item in read_documents(inputs, text_column, id_column, traceback):
             if isinstance(item, Problem):
                 report(item)
                 continue
@@ -90,7 +94,10 @@ def embed(
 
     path = output.with_name(output.name + ".partial")
     with _locked(path) as journal:
-        embedder, name = _load_model(model, dtype, device)
+        if (line := label(model)) is not None:
+            print(line, file=sys.stderr)
+        embedder = load_model(model, dtype, device)
+        name = "default" if model is None else _name(model)
         settings = _settings(embedder, name)
         done.update(_finished(output, path, settings))
         _drop_torn_batch(path, journal)
@@ -101,7 +108,7 @@ def embed(
         with compat.vertical_chunking(), bar, _progress.into(bar):
             for batch in _batches(unfinished(), batch_size):
                 rows = []
-                for item in _embed_batch(embedder, batch, vertical_chunk_size):
+                for item in _embed_batch(embedder, batch, vertical_chunk_size, traceback):
                     if isinstance(item, Problem):
                         report(item)
                     else:
@@ -128,23 +135,9 @@ def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document
         yield batch
 
 
-def _load_model(
-    path: str | None, dtype: str, device: str | None
-) -> tuple[SentenceTransformer, str]:
-    """The model, and the name by which the settings know it."""
-    kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if path is None:
-        print(f"Default model, {WEIGHTS_LABEL}", file=sys.stderr)
-        return load_default_model(device=device, model_kwargs=kwargs), "default"
-    try:
-        model = SentenceTransformer(path, device=device, model_kwargs=kwargs)
-    except (OSError, ValueError) as error:
-        raise VerticalChunkingError(
-            f"{path} cannot be loaded ({' '.join(str(error).split())})",
-            "the folder of a model that SentenceTransformer.save wrote",
-            "give --model such a folder",
-        ) from error
-    return model, os.path.realpath(path) if Path(path).exists() else path
+def _name(path: str) -> str:
+    """The name by which the settings know a model."""
+    return os.path.realpath(path) if Path(path).exists() else path
 
 
 def _settings(model: SentenceTransformer, name: str) -> dict[str, str]:
@@ -176,6 +169,29 @@ def _fingerprint(model: SentenceTransformer) -> str:
 
 
 def _embed_batch(
+    model: SentenceTransformer, batch: Sequence[Document], size: int, traceback: bool = False
+) -> list[Row | Problem]:
+    """Embed documents side by side; where that fails, each alone, to find out which it was."""
+    try:
+        return list(_embed_texts(model, batch, size))
+    except VerticalChunkingError:
+        raise
+    except Exception as error:
+        if traceback:
+            raise
+        if len(batch) == 1:
+            return [Problem(batch[0].where, _what_failed(error))]
+    # Not in the handler: its error holds what the batch had taken of the device's memory.
+    return [item for doc in batch for item in _embed_batch(model, [doc], size)]
+
+
+def _what_failed(error: Exception) -> str:
+    if is_of_memory(error):
+        return "found too little memory for it, needed room: try a smaller --vertical-chunk-size"
+    return f"found an error ({in_short(error)}), needed an embedding; --traceback shows where"
+
+
+def _embed_texts(
     model: SentenceTransformer, batch: Sequence[Document], vertical_chunk_size: int
 ) -> Iterator[Row | Problem]:
     # One text at a time: a batch would be padded to its longest text.
@@ -348,8 +364,12 @@ def _merge(output: Path, path: Path, order: Iterable[str]) -> int:
     newest = {name: row for row, name in enumerate(table["id"].to_pylist())}
     indices = [newest[name] for name in dict.fromkeys([*order, *newest]) if name in newest]
     temporary = output.with_name(output.name + ".tmp")
-    with temporary.open("wb") as file:
-        pq.write_table(table.take(pa.array(indices, pa.int64())), file)
-        os.fsync(file.fileno())
-    temporary.replace(output)
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table.take(pa.array(indices, pa.int64())), file)
+            os.fsync(file.fileno())
+        temporary.replace(output)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return len(indices)
