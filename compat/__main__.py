@@ -66,8 +66,11 @@ def embed(
         list[Path],
         typer.Argument(
             metavar="INPUT",
-            help="Text files in UTF-8; folders, searched through all levels, in sorted order, for "
-            "every file that ends in .txt, .md, .rst or .text; .jsonl and .parquet files.",
+            help="Text files in UTF-8, whatever they end in; tables (.parquet, .csv, .tsv) and "
+            "JSON lines (.jsonl, .ndjson, .jl), one document a row. All but .parquet may be "
+            "compressed (.gz, .bz2, .zst). Folders are searched through all levels and links, in "
+            "sorted order, for texts alone: what ends in .txt, .md, .rst or .text, compressed or "
+            "not; what else is there is counted on stderr.",
             show_default=False,
         ),
     ],
@@ -125,14 +128,15 @@ def embed(
         ),
     ] = None,
     text_column: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of the texts in .jsonl and .parquet files.")
+        str, typer.Option(metavar="NAME", help="Column of the texts in tables and JSON lines.")
     ] = "text",
     id_column: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Column of the ids (strings or integers) in .jsonl and .parquet files; without "
-            "it, a document's id is FILE:LINE, counted from 1. A text file's id is its path.",
+            help="Column of the ids (strings or integers) in tables and JSON lines; without it, a "
+            "document's id is FILE:LINE, counted from 1 (in .parquet, FILE:ROW). A text file's id "
+            "is its path.",
             show_default=False,
         ),
     ] = None,

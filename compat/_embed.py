@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 import compat
 from compat import _progress
-from compat._documents import Document, Problem, read_documents
+from compat._documents import Document, Note, Problem, read_documents
 from compat._errors import VerticalChunkingError
 from compat._loading import in_short, is_of_memory, label, load_model
 
@@ -73,19 +73,19 @@ def embed(
         VerticalChunkingError: The command cannot be carried out; finished rows are kept.
         OSError: The output cannot be written; finished rows are kept.
     """
-    problems: set[Problem] = set()
+    reported: set[Problem | Note] = set()
     order: dict[str, None] = {}
     done: dict[str, str] = {}
 
-    def report(problem: Problem) -> None:
-        # Both passes over the inputs meet the same problems.
-        if problem not in problems:
-            problems.add(problem)
-            tqdm.write(str(problem), file=sys.stderr)
+    def report(item: Problem | Note) -> None:
+        # Both passes over the inputs meet the same ones.
+        if item not in reported:
+            reported.add(item)
+            tqdm.write(str(item), file=sys.stderr)
 
     def unfinished() -> Iterator[Document]:
         for item in read_documents(inputs, text_column, id_column, traceback):
-            if isinstance(item, Problem):
+            if not isinstance(item, Document):
                 report(item)
                 continue
             order[item.id] = None
@@ -126,7 +126,7 @@ def embed(
     if kept:
         speed = f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)"
         print(f"{count} documents, {speed}; {kept} rows in {output}")
-    return len(problems)
+    return sum(isinstance(item, Problem) for item in reported)
 
 
 def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:

@@ -32,7 +32,6 @@ import compat
 from compat import _documents, _embed, _loading
 from compat.__main__ import app
 from compat._default_model import WEIGHTS_LABEL, load_default_model
-from compat._documents import read_documents
 
 ROOT = Path(compat.__file__).parents[1]
 
@@ -129,7 +128,6 @@ def test_rows_of_all_kinds_of_input_are_those_of_a_plain_encode(model):
     write("docs/a/z.md", b"\xef\xbb\xbf" + texts["c"].encode())
     write("docs/a/y.rst", texts["d"])
     write("docs/c.text", texts["e"])
-    write("docs/left-out.py", "no document")
     lines = [json.dumps({"text": texts["f"]}), "", json.dumps({"text": texts["g"]})]
     write("lines.jsonl", "\n".join(lines))
     pq.write_table(pa.table({"n": [1], "text": [texts["h"]]}), "table.parquet")
@@ -201,13 +199,12 @@ def test_text_and_id_columns(model, kind):
     assert complaints(result) == [what, "Not embedded: 1, named above."]
 
 
-def test_documents_are_read_one_at_a_time():
-    write("first.txt", "one")
-    write("second.jsonl", '{"text": "two"}')
-    documents = read_documents([Path("first.txt"), Path("second.jsonl")], "text", None)
-    assert next(documents).text == "one"
-    write("second.jsonl", '{"text": "later"}')
-    assert next(documents).text == "later"
+def test_what_a_folder_has_that_is_not_read_is_said_once_and_is_no_problem(model):
+    write("docs/a.txt", text(9))
+    write("docs/b.png", "")
+    result = embed("docs", "--model", model)
+    assert ids() == ["docs/a.txt"]
+    assert complaints(result) == ["docs: 1 file not read (.png 1)"]
 
 
 @pytest.mark.skipif(FORKS, reason="the forks move no bar inside a text")
@@ -530,7 +527,7 @@ def test_every_problem_is_one_line_and_the_rest_is_embedded(model):
         "empty.txt: found an empty text, needed",
         "blank.txt: found an empty text, needed",
         "latin.txt:2: found the byte 0xef that is not UTF-8, needed",
-        "folder: found no file for it, needed one that ends in .txt .md .rst .text",
+        "folder: found no file for it (.py 1), needed one that ends in .txt .md .rst .text",
         "pipe: found a device or a pipe, needed",
         "l.jsonl:2: found broken JSON (Unterminated string starting at), needed",
         "l.jsonl:3: found list, needed a JSON object",
@@ -563,14 +560,14 @@ def test_unreadable_files_and_folders_are_named(model, monkeypatch):
 
     def denying(original):
         # Not by chmod, which does not stop root.
-        def denied(path):
+        def denied(path, *args, **kwargs):
             if Path(path).name in ("denied.txt", "closed"):
                 raise PermissionError(13, "Permission denied", str(path))
-            return original(path)
+            return original(path, *args, **kwargs)
 
         return denied
 
-    monkeypatch.setattr(Path, "read_bytes", denying(Path.read_bytes))
+    monkeypatch.setattr(Path, "open", denying(Path.open))
     monkeypatch.setattr(os, "scandir", denying(os.scandir))
     result = embed("docs", "--model", model, status=1)
     assert ids() == ["docs/a.txt"]
@@ -774,14 +771,14 @@ def test_a_text_that_there_is_no_memory_for_is_named_and_the_rest_embedded(
 
 def test_an_input_that_there_is_no_memory_for_is_named_and_the_rest_embedded(model, monkeypatch):
     names = write_texts(20, 30)
-    original = Path.read_bytes
+    original = Path.open
 
-    def read_bytes(path):
+    def opened(path, *args, **kwargs):
         if path.name == "0.txt":
             raise MemoryError
-        return original(path)
+        return original(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(Path, "open", opened)
     result = embed(*names, "--model", model, status=1)
     assert ids() == ["1.txt"]
     assert complaints(result)[0].startswith("0.txt: found too little memory for it, needed room")
@@ -913,7 +910,10 @@ def test_help_names_every_option():
         "--text-column", "--id-column", "--traceback",
     ):  # fmt: skip
         assert option in text
-    for word in (".txt", ".md", ".rst", ".text", "kept", "FILE:LINE", "512", "float16"):
+    for word in (
+        ".txt", ".md", ".rst", ".text", ".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".jl",
+        ".gz", ".bz2", ".zst", "kept", "FILE:LINE", "512", "float16",
+    ):  # fmt: skip
         assert word in text
 
 
