@@ -111,6 +111,20 @@ def embed(
         int,
         typer.Option(min=1, metavar="N", help="Documents that are embedded side by side."),
     ] = 8,
+    max_seq_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Tokens that a text may have, with prompt and special tokens; without it, what "
+            "the model's files say. A text that has more is named and not embedded.",
+            show_default=False,
+        ),
+    ] = None,
+    truncate: Annotated[
+        bool,
+        typer.Option("--truncate", help="Cut texts that have more, and embed what is left."),
+    ] = False,
     dtype: Annotated[
         Dtype,
         typer.Option(
@@ -175,6 +189,8 @@ def embed(
             device=device,
             text_column=text_column,
             id_column=id_column,
+            max_seq_length=max_seq_length,
+            truncate=truncate,
             traceback=traceback,
         )
     except KeyboardInterrupt as error:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,7 @@ import compat
 from compat import _progress
 from compat._documents import Document, Note, Problem, read_documents
 from compat._errors import VerticalChunkingError
+from compat._limits import Limit
 from compat._loading import in_short, is_of_memory, label, load_model
 
 # The settings stand under this key of the metadata: a file without it is somebody else's.
@@ -59,6 +61,8 @@ def embed(
     device: str | None,
     text_column: str,
     id_column: str | None,
+    max_seq_length: int | None = None,
+    truncate: bool = False,
     traceback: bool = False,
 ) -> int:
     """Embed the documents that the output does not have yet; the command's help says the rest.
@@ -99,6 +103,8 @@ def embed(
         embedder = load_model(model, dtype, device)
         name = "default" if model is None else _name(model)
         settings = _settings(embedder, name)
+        limit = Limit(embedder, max_seq_length, truncate)
+        settings["texts cut"] = str(limit)
         done.update(_finished(output, path, settings))
         _drop_torn_batch(path, journal)
         # A first pass tells what is wrong before hours of work, and how much there is to do.
@@ -108,7 +114,7 @@ def embed(
         with compat.vertical_chunking(), bar, _progress.into(bar):
             for batch in _batches(unfinished(), batch_size):
                 rows = []
-                for item in _embed_batch(embedder, batch, vertical_chunk_size, traceback):
+                for item in _embed_batch(embedder, batch, vertical_chunk_size, limit, traceback):
                     if isinstance(item, Problem):
                         report(item)
                     else:
@@ -123,6 +129,8 @@ def embed(
         seconds = time.perf_counter() - start
         kept = _merge(output, path, order)
         journal.truncate(0)
+    if (line := limit.summary()) is not None:
+        print(line, file=sys.stderr)
     if kept:
         speed = f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)"
         print(f"{count} documents, {speed}; {kept} rows in {output}")
@@ -141,7 +149,10 @@ def _name(path: str) -> str:
 
 
 def _settings(model: SentenceTransformer, name: str) -> dict[str, str]:
-    """What decides the numbers, in words; chunk size and batch size do not."""
+    """What decides the numbers, in words; chunk size and batch size do not.
+
+    Nor does max_seq_length, unless texts are cut there: `Limit` says where they are.
+    """
     try:
         release = version("vertical-chunking")
     except PackageNotFoundError:  # a checkout that is not installed
@@ -156,7 +167,7 @@ def _settings(model: SentenceTransformer, name: str) -> dict[str, str]:
 
 def _fingerprint(model: SentenceTransformer) -> str:
     """A hash of the modules' configuration, the vocabulary and a sample of every weight."""
-    config: list[Any] = [model.prompts, model.default_prompt_name, model.max_seq_length]
+    config: list[Any] = [model.prompts, model.default_prompt_name]
     config += [model.truncate_dim, model.tokenizer.get_vocab()]
     config += [(type(m).__name__, getattr(m, "get_config_dict", dict)()) for m in model]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -169,11 +180,15 @@ def _fingerprint(model: SentenceTransformer) -> str:
 
 
 def _embed_batch(
-    model: SentenceTransformer, batch: Sequence[Document], size: int, traceback: bool = False
+    model: SentenceTransformer,
+    batch: Sequence[Document],
+    size: int,
+    limit: Limit,
+    traceback: bool = False,
 ) -> list[Row | Problem]:
     """Embed documents side by side; where that fails, each alone, to find out which it was."""
     try:
-        return list(_embed_texts(model, batch, size))
+        return list(_embed_texts(model, batch, size, limit))
     except VerticalChunkingError:
         raise
     except Exception as error:
@@ -182,7 +197,7 @@ def _embed_batch(
         if len(batch) == 1:
             return [Problem(batch[0].where, _what_failed(error))]
     # Not in the handler: its error holds what the batch had taken of the device's memory.
-    return [item for doc in batch for item in _embed_batch(model, [doc], size)]
+    return [item for doc in batch for item in _embed_batch(model, [doc], size, limit)]
 
 
 def _what_failed(error: Exception) -> str:
@@ -192,23 +207,26 @@ def _what_failed(error: Exception) -> str:
 
 
 def _embed_texts(
-    model: SentenceTransformer, batch: Sequence[Document], vertical_chunk_size: int
+    model: SentenceTransformer, batch: Sequence[Document], vertical_chunk_size: int, limit: Limit
 ) -> Iterator[Row | Problem]:
-    # One text at a time: a batch would be padded to its longest text.
-    masks = (model.preprocess([doc.text])["attention_mask"] for doc in batch)
-    lengths = [int(mask.sum()) for mask in masks]
     todo = []
-    for doc, length in zip(batch, lengths, strict=True):
-        if length:
+    for doc in batch:
+        if (length := limit.num_tokens(doc)) is None:
+            yield Problem(doc.where, limit.problem(doc))
+        elif length:
             todo.append((doc, length))
         else:
             what = "found a text of which the tokenizer makes no token, needed at least one"
             yield Problem(doc.where, what)
-    vectors = model.encode_document(
-        [doc.text for doc, _ in todo],
-        batch_size=len(batch),
-        vertical_chunk_size=vertical_chunk_size,
-    )
+    with warnings.catch_warnings():
+        # What is cut here is meant to be.
+        warnings.filterwarnings("ignore", ".*max_seq_length")
+        vectors = model.encode_document(
+            [doc.text for doc, _ in todo],
+            prompt=limit.prompt,
+            batch_size=len(batch),
+            vertical_chunk_size=vertical_chunk_size,
+        )
     for (doc, length), vector in zip(todo, vectors, strict=True):
         if np.isfinite(vector).all():
             yield Row(doc.id, length, vector, doc.sha256)

@@ -165,7 +165,7 @@ def test_documents_get_their_prompt_and_num_tokens_is_of_the_text_itself(model, 
     prompted.max_seq_length = 20
     prompted.save(str(tmp_path / "prompted"))
     names = write_texts(5, 50)
-    embed(*names, "--model", tmp_path / "prompted", "--batch-size", 2)
+    embed(*names, "--model", tmp_path / "prompted", "--batch-size", 2, "--truncate")
     assert [row["num_tokens"] for row in rows()] == [5, 20]
     wanted = prompted.encode_document([Path(name).read_text() for name in names])
     got = np.array([row["embedding"] for row in rows()])
@@ -233,6 +233,105 @@ def test_progress_is_over_the_bytes_of_what_is_left_and_moves_inside_a_text(mode
     assert len(inside) > 5
     assert inside == sorted(inside)
     assert 200 in bar.positions
+
+
+# Texts that are too long for max_seq_length.
+
+
+def limited(model, folder, tokens, **prompts):
+    """The model, saved with a limit."""
+    it = SentenceTransformer(str(model), device="cpu", prompts=prompts or None)
+    it.max_seq_length = tokens
+    it.save(str(folder))
+    return folder
+
+
+def two_that_differ_at_the_end():
+    start = text(20)
+    return [write("a.txt", start + "abcd"), write("b.txt", start + "wxyz"), write("c.txt", start)]
+
+
+def test_no_text_is_cut_in_silence(model, tmp_path):
+    names = two_that_differ_at_the_end()
+    result = embed(*names, "--model", limited(model, tmp_path / "it", 20), status=1)
+    assert ids() == ["c.txt"]
+    what = "found 24 tokens, needed at most 20: --max-seq-length raises that, --truncate cuts"
+    assert complaints(result) == [
+        f"a.txt: {what}",
+        f"b.txt: {what}",
+        "Too long: 2, of up to 24 tokens. A recurrent model has no reason for its limit of 20; "
+        "--max-seq-length 24 reads them whole.",
+        "Not embedded: 2, named above.",
+    ]
+
+
+def test_a_higher_limit_reads_them_whole_and_carries_on(model, tmp_path, embedded):
+    names = two_that_differ_at_the_end()
+    args = [*names, "--model", limited(model, tmp_path / "it", 20)]
+    embed(*args, status=1)
+    del embedded[:]
+    assert complaints(embed(*args, "--max-seq-length", 24)) == []
+    assert embedded == names[:2]
+    got = np.array([row["embedding"] for row in rows()])
+    expected = plain(model, [Path(name).read_text() for name in names])
+    assert cosine_distance(got, expected).max() <= COSINE[torch.float32]
+    assert cosine_distance(got[0], got[1]) > 1e-4
+    assert [row["num_tokens"] for row in rows()] == [24, 24, 20]
+
+
+def test_a_limit_can_be_set_where_there_is_none(model):
+    args = [*two_that_differ_at_the_end(), "--model", model, "--max-seq-length", 20]
+    assert "Too long: 2" in embed(*args, status=1).stderr
+    assert ids() == ["c.txt"]
+
+
+def test_cutting_is_done_where_it_is_asked_for(model, tmp_path):
+    names = two_that_differ_at_the_end()
+    args = [*names, "--model", limited(model, tmp_path / "it", 20)]
+    result = embed(*args, "--truncate")
+    assert complaints(result) == ["Cut to 20 tokens, as --truncate says: 2."]
+    a, b, c = rows()
+    assert a["embedding"] == b["embedding"]
+    assert cosine_distance(a["embedding"], c["embedding"]) <= COSINE[torch.float32]
+    assert [row["num_tokens"] for row in (a, b, c)] == [20, 20, 20]
+    # Rows that were cut are not mixed with others.
+    for more in ([], ["--truncate", "--max-seq-length", 10]):
+        result = embed(*args, *more, status=2)
+        assert "Found: out.parquet with texts cut at 20 tokens. Needed: " in result.stderr
+
+
+def test_a_prompt_and_special_tokens_count_too(tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", end_of_text=True)
+    embedder(checkpoint).save(str(tmp_path / "plain"))
+    it = limited(tmp_path / "plain", tmp_path / "it", 20, document="read: ")
+    names = write_texts(13, 14)
+    result = embed(*names, "--model", it, status=1)
+    assert complaints(result)[0].startswith("1.txt: found 21 tokens, needed at most 20")
+    assert [(row["id"], row["num_tokens"]) for row in rows()] == [("0.txt", 14)]
+
+
+@pytest.mark.parametrize("place", ["document_length", "processing_kwargs"])
+def test_every_limit_of_the_model_counts_and_is_raised(model, tmp_path, place):
+    names = two_that_differ_at_the_end()
+    it = SentenceTransformer(model, device="cpu")
+    if place == "document_length":
+        it[0].document_length = 20
+    else:
+        it[0].processing_kwargs = {"text": {"max_length": 20}}
+    it.save(str(tmp_path / "it"))
+    args = [*names, "--model", tmp_path / "it"]
+    assert "b.txt: found 24 tokens, needed at most 20" in embed(*args, status=1).stderr
+    embed(*args, "--max-seq-length", 24)
+    a, b, _ = rows()
+    assert cosine_distance(a["embedding"], b["embedding"]) > 1e-4
+
+
+def test_a_hybrid_has_a_reason_for_its_limit(tmp_path):
+    embedder(save_checkpoint(tmp_path / "checkpoint", "jamba")).save(str(tmp_path / "plain"))
+    it = limited(tmp_path / "plain", tmp_path / "it", 20)
+    result = embed(*write_texts(25), "--model", it, status=1)
+    assert "The model's limit is 20: its attention may not be good beyond" in result.stderr
+    assert "recurrent" not in result.stderr.split("Too long")[1]
 
 
 # Carrying on.
@@ -438,12 +537,13 @@ def test_the_fingerprint_tells_models_apart_and_is_stable(model, other_model):
     mean[1].pooling_mode = "mean"
     changed = [
         fingerprint(other_model),
-        fingerprint(model, max_seq_length=9),
         fingerprint(model, prompts={"query": "q: ", "document": ""}),
         _embed._fingerprint(mean),
     ]
     assert fingerprint(model) == fingerprint(model)
-    assert len({fingerprint(model), *changed}) == 5
+    assert len({fingerprint(model), *changed}) == 4
+    # Where no text is cut, the limit decides nothing; where texts are, the settings have it.
+    assert fingerprint(model, max_seq_length=9) == fingerprint(model)
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.parquet.partial"])
@@ -627,6 +727,7 @@ def test_a_text_without_a_token_or_a_number_is_named(model, tmp_path):
             for size in ("0", "-1", "1.5", "many")
         ),
         ["in.txt", "--output", "out.parquet", "--batch-size", "0"],
+        ["in.txt", "--output", "out.parquet", "--max-seq-length", "0"],
         ["in.txt", "--output", "out.parquet", "--dtype", "int8"],
     ],
     ids=" ".join,
@@ -907,7 +1008,7 @@ def test_help_names_every_option():
     text = plain_help("embed")
     for option in (
         "--output", "--model", "--vertical-chunk-size", "--batch-size", "--dtype", "--device",
-        "--text-column", "--id-column", "--traceback",
+        "--text-column", "--id-column", "--max-seq-length", "--truncate", "--traceback",
     ):  # fmt: skip
         assert option in text
     for word in (
