@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from compat._errors import VerticalChunkingError
+
+_EXTRA = 'pip install "vertical-chunking[embed]"'
+
+try:
+    import typer
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    missing = VerticalChunkingError(f"no {error.name}", "typer, for the command line", _EXTRA)
+    print(f"Error: {missing}", file=sys.stderr)
+    raise SystemExit(2) from error
 
 app = typer.Typer(
     help="Embed texts of any length in constant memory with recurrent language models.",
@@ -40,10 +50,13 @@ def status(
 
 
 def _output(path: Path) -> Path:
-    if path.is_dir():
-        raise typer.BadParameter(f"{path} is a folder; a file is needed.")
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"The folder {path.parent} does not exist; create it first.")
+    try:
+        if path.is_dir():
+            raise typer.BadParameter(f"{path} is a folder; a file is needed.")
+        if not path.parent.is_dir():
+            raise typer.BadParameter(f"The folder {path.parent} does not exist; create it first.")
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written ({error.strerror}).") from error
     return path
 
 
@@ -53,8 +66,11 @@ def embed(
         list[Path],
         typer.Argument(
             metavar="INPUT",
-            help="Text files in UTF-8; folders, searched through all levels, in sorted order, for "
-            "every file that ends in .txt, .md, .rst or .text; .jsonl and .parquet files.",
+            help="Text files in UTF-8, whatever they end in; tables (.parquet, .csv, .tsv) and "
+            "JSON lines (.jsonl, .ndjson, .jl), one document a row. All but .parquet may be "
+            "compressed (.gz, .bz2, .zst). Folders are searched through all levels and links, in "
+            "sorted order, for texts alone: what ends in .txt, .md, .rst or .text, compressed or "
+            "not; what else is there is counted on stderr.",
             show_default=False,
         ),
     ],
@@ -95,6 +111,20 @@ def embed(
         int,
         typer.Option(min=1, metavar="N", help="Documents that are embedded side by side."),
     ] = 8,
+    max_seq_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Tokens that a text may have, with prompt and special tokens; without it, what "
+            "the model's files say. A text that has more is named and not embedded.",
+            show_default=False,
+        ),
+    ] = None,
+    truncate: Annotated[
+        bool,
+        typer.Option("--truncate", help="Cut texts that have more, and embed what is left."),
+    ] = False,
     dtype: Annotated[
         Dtype,
         typer.Option(
@@ -112,17 +142,27 @@ def embed(
         ),
     ] = None,
     text_column: Annotated[
-        str, typer.Option(metavar="NAME", help="Column of the texts in .jsonl and .parquet files.")
+        str, typer.Option(metavar="NAME", help="Column of the texts in tables and JSON lines.")
     ] = "text",
     id_column: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Column of the ids (strings or integers) in .jsonl and .parquet files; without "
-            "it, a document's id is FILE:LINE, counted from 1. A text file's id is its path.",
+            help="Column of the ids (strings or integers) in tables and JSON lines; without it, a "
+            "document's id is FILE:LINE, counted from 1 (in .parquet, FILE:ROW). A text file's id "
+            "is its path.",
             show_default=False,
         ),
     ] = None,
+    traceback: Annotated[
+        bool,
+        typer.Option(
+            "--traceback",
+            envvar="COMPAT_TRACEBACK",
+            help="End in a traceback at the first error that is not foreseen, to report it.",
+            show_default=False,
+        ),
+    ] = False,
 ) -> None:
     """Embed documents into a Parquet file.
 
@@ -134,12 +174,11 @@ def embed(
     Exit status: 0 if every document is in the output, 1 if some could
     not be embedded, 2 if the command could not be carried out.
     """
-    if find_spec("pyarrow") is None:
-        remedy = 'pip install "vertical-chunking[embed]"'
-        raise _failure(VerticalChunkingError("no pyarrow", "pyarrow, for Parquet", remedy))
-    from compat._embed import embed as run
-
     try:
+        if find_spec("pyarrow") is None:
+            raise VerticalChunkingError("no pyarrow", "pyarrow, for Parquet", _EXTRA)
+        from compat._embed import embed as run
+
         problems = run(
             inputs,
             output,
@@ -150,20 +189,46 @@ def embed(
             device=device,
             text_column=text_column,
             id_column=id_column,
+            max_seq_length=max_seq_length,
+            truncate=truncate,
+            traceback=traceback,
         )
-    except (VerticalChunkingError, OSError) as error:
-        raise _failure(error) from error
     except KeyboardInterrupt as error:
         typer.echo("Interrupted. The same command carries on after the last full batch.", err=True)
         raise typer.Exit(130) from error
+    except Exception as error:
+        if traceback:
+            raise
+        raise _failure(error, output) from error
     if problems:
         typer.echo(f"Not embedded: {problems}, named above.", err=True)
         raise typer.Exit(1)
 
 
-def _failure(error: Exception) -> typer.Exit:
+def _failure(error: Exception, output: Path) -> typer.Exit:
+    """Say in one line what has ended the command, and what to do."""
+    if not isinstance(error, VerticalChunkingError):
+        error = _explained(error, output)
     typer.echo(f"Error: {error}", err=True)
     return typer.Exit(2)
+
+
+def _explained(error: Exception, output: Path) -> VerticalChunkingError:
+    from compat._loading import in_short, is_of_memory, too_little_memory
+
+    if is_of_memory(error):
+        return too_little_memory()
+    if isinstance(error, OSError):
+        return VerticalChunkingError(
+            f"that {error.filename or output} cannot be written ({error.strerror or error})",
+            "a folder that this user may write in, with room for the rows",
+            "see to that and run the same command, which carries on, or give another --output",
+        )
+    return VerticalChunkingError(
+        in_short(error),
+        "nothing of the kind: this is a fault of the command",
+        "run it with --traceback and report what that prints; finished rows are kept",
+    )
 
 
 if __name__ == "__main__":

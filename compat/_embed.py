@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -28,9 +29,10 @@ from tqdm.auto import tqdm
 
 import compat
 from compat import _progress
-from compat._default_model import WEIGHTS_LABEL, load_default_model
-from compat._documents import Document, Problem, read_documents
+from compat._documents import Document, Note, Problem, read_documents
 from compat._errors import VerticalChunkingError
+from compat._limits import Limit
+from compat._loading import in_short, is_of_memory, label, load_model
 
 # The settings stand under this key of the metadata: a file without it is somebody else's.
 SETTINGS_KEY = b"vertical_chunking"
@@ -59,8 +61,14 @@ def embed(
     device: str | None,
     text_column: str,
     id_column: str | None,
+    max_seq_length: int | None = None,
+    truncate: bool = False,
+    traceback: bool = False,
 ) -> int:
     """Embed the documents that the output does not have yet; the command's help says the rest.
+
+    Args:
+        traceback: Whether to raise what one document alone made fail, instead of reporting it.
 
     Returns:
         The number of problems; each was one line on stderr.
@@ -69,19 +77,19 @@ def embed(
         VerticalChunkingError: The command cannot be carried out; finished rows are kept.
         OSError: The output cannot be written; finished rows are kept.
     """
-    problems: set[Problem] = set()
+    reported: set[Problem | Note] = set()
     order: dict[str, None] = {}
     done: dict[str, str] = {}
 
-    def report(problem: Problem) -> None:
-        # Both passes over the inputs meet the same problems.
-        if problem not in problems:
-            problems.add(problem)
-            tqdm.write(str(problem), file=sys.stderr)
+    def report(item: Problem | Note) -> None:
+        # Both passes over the inputs meet the same ones.
+        if item not in reported:
+            reported.add(item)
+            tqdm.write(str(item), file=sys.stderr)
 
     def unfinished() -> Iterator[Document]:
-        for item in read_documents(inputs, text_column, id_column):
-            if isinstance(item, Problem):
+        for item in read_documents(inputs, text_column, id_column, traceback):
+            if not isinstance(item, Document):
                 report(item)
                 continue
             order[item.id] = None
@@ -90,8 +98,13 @@ def embed(
 
     path = output.with_name(output.name + ".partial")
     with _locked(path) as journal:
-        embedder, name = _load_model(model, dtype, device)
+        if (line := label(model)) is not None:
+            print(line, file=sys.stderr)
+        embedder = load_model(model, dtype, device)
+        name = "default" if model is None else _name(model)
         settings = _settings(embedder, name)
+        limit = Limit(embedder, max_seq_length, truncate)
+        settings["texts cut"] = str(limit)
         done.update(_finished(output, path, settings))
         _drop_torn_batch(path, journal)
         # A first pass tells what is wrong before hours of work, and how much there is to do.
@@ -101,7 +114,7 @@ def embed(
         with compat.vertical_chunking(), bar, _progress.into(bar):
             for batch in _batches(unfinished(), batch_size):
                 rows = []
-                for item in _embed_batch(embedder, batch, vertical_chunk_size):
+                for item in _embed_batch(embedder, batch, vertical_chunk_size, limit, traceback):
                     if isinstance(item, Problem):
                         report(item)
                     else:
@@ -116,10 +129,12 @@ def embed(
         seconds = time.perf_counter() - start
         kept = _merge(output, path, order)
         journal.truncate(0)
+    if (line := limit.summary()) is not None:
+        print(line, file=sys.stderr)
     if kept:
         speed = f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)"
         print(f"{count} documents, {speed}; {kept} rows in {output}")
-    return len(problems)
+    return sum(isinstance(item, Problem) for item in reported)
 
 
 def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
@@ -128,27 +143,16 @@ def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document
         yield batch
 
 
-def _load_model(
-    path: str | None, dtype: str, device: str | None
-) -> tuple[SentenceTransformer, str]:
-    """The model, and the name by which the settings know it."""
-    kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if path is None:
-        print(f"Default model, {WEIGHTS_LABEL}", file=sys.stderr)
-        return load_default_model(device=device, model_kwargs=kwargs), "default"
-    try:
-        model = SentenceTransformer(path, device=device, model_kwargs=kwargs)
-    except (OSError, ValueError) as error:
-        raise VerticalChunkingError(
-            f"{path} cannot be loaded ({' '.join(str(error).split())})",
-            "the folder of a model that SentenceTransformer.save wrote",
-            "give --model such a folder",
-        ) from error
-    return model, os.path.realpath(path) if Path(path).exists() else path
+def _name(path: str) -> str:
+    """The name by which the settings know a model."""
+    return os.path.realpath(path) if Path(path).exists() else path
 
 
 def _settings(model: SentenceTransformer, name: str) -> dict[str, str]:
-    """What decides the numbers, in words; chunk size and batch size do not."""
+    """What decides the numbers, in words; chunk size and batch size do not.
+
+    Nor does max_seq_length, unless texts are cut there: `Limit` says where they are.
+    """
     try:
         release = version("vertical-chunking")
     except PackageNotFoundError:  # a checkout that is not installed
@@ -163,7 +167,7 @@ def _settings(model: SentenceTransformer, name: str) -> dict[str, str]:
 
 def _fingerprint(model: SentenceTransformer) -> str:
     """A hash of the modules' configuration, the vocabulary and a sample of every weight."""
-    config: list[Any] = [model.prompts, model.default_prompt_name, model.max_seq_length]
+    config: list[Any] = [model.prompts, model.default_prompt_name]
     config += [model.truncate_dim, model.tokenizer.get_vocab()]
     config += [(type(m).__name__, getattr(m, "get_config_dict", dict)()) for m in model]
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -176,23 +180,53 @@ def _fingerprint(model: SentenceTransformer) -> str:
 
 
 def _embed_batch(
-    model: SentenceTransformer, batch: Sequence[Document], vertical_chunk_size: int
+    model: SentenceTransformer,
+    batch: Sequence[Document],
+    size: int,
+    limit: Limit,
+    traceback: bool = False,
+) -> list[Row | Problem]:
+    """Embed documents side by side; where that fails, each alone, to find out which it was."""
+    try:
+        return list(_embed_texts(model, batch, size, limit))
+    except VerticalChunkingError:
+        raise
+    except Exception as error:
+        if traceback:
+            raise
+        if len(batch) == 1:
+            return [Problem(batch[0].where, _what_failed(error))]
+    # Not in the handler: its error holds what the batch had taken of the device's memory.
+    return [item for doc in batch for item in _embed_batch(model, [doc], size, limit)]
+
+
+def _what_failed(error: Exception) -> str:
+    if is_of_memory(error):
+        return "found too little memory for it, needed room: try a smaller --vertical-chunk-size"
+    return f"found an error ({in_short(error)}), needed an embedding; --traceback shows where"
+
+
+def _embed_texts(
+    model: SentenceTransformer, batch: Sequence[Document], vertical_chunk_size: int, limit: Limit
 ) -> Iterator[Row | Problem]:
-    # One text at a time: a batch would be padded to its longest text.
-    masks = (model.preprocess([doc.text])["attention_mask"] for doc in batch)
-    lengths = [int(mask.sum()) for mask in masks]
     todo = []
-    for doc, length in zip(batch, lengths, strict=True):
-        if length:
+    for doc in batch:
+        if (length := limit.num_tokens(doc)) is None:
+            yield Problem(doc.where, limit.problem(doc))
+        elif length:
             todo.append((doc, length))
         else:
             what = "found a text of which the tokenizer makes no token, needed at least one"
             yield Problem(doc.where, what)
-    vectors = model.encode_document(
-        [doc.text for doc, _ in todo],
-        batch_size=len(batch),
-        vertical_chunk_size=vertical_chunk_size,
-    )
+    with warnings.catch_warnings():
+        # What is cut here is meant to be.
+        warnings.filterwarnings("ignore", ".*max_seq_length")
+        vectors = model.encode_document(
+            [doc.text for doc, _ in todo],
+            prompt=limit.prompt,
+            batch_size=len(batch),
+            vertical_chunk_size=vertical_chunk_size,
+        )
     for (doc, length), vector in zip(todo, vectors, strict=True):
         if np.isfinite(vector).all():
             yield Row(doc.id, length, vector, doc.sha256)
@@ -348,8 +382,12 @@ def _merge(output: Path, path: Path, order: Iterable[str]) -> int:
     newest = {name: row for row, name in enumerate(table["id"].to_pylist())}
     indices = [newest[name] for name in dict.fromkeys([*order, *newest]) if name in newest]
     temporary = output.with_name(output.name + ".tmp")
-    with temporary.open("wb") as file:
-        pq.write_table(table.take(pa.array(indices, pa.int64())), file)
-        os.fsync(file.fileno())
-    temporary.replace(output)
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table.take(pa.array(indices, pa.int64())), file)
+            os.fsync(file.fileno())
+        temporary.replace(output)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return len(indices)

@@ -1,11 +1,13 @@
 """`python -m compat`: what it writes and what it refuses, and that no finished row is lost."""
 
+import errno
 import fcntl
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import torch
 import tqdm
 from embedders import character_tokenizer, embedder, save_checkpoint, text
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import LayerNorm
 from stack import FORKS
 from tokenizers import normalizers
 from tolerances import COSINE
@@ -26,10 +29,9 @@ from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 import compat
-from compat import _embed
+from compat import _documents, _embed, _loading
 from compat.__main__ import app
 from compat._default_model import WEIGHTS_LABEL, load_default_model
-from compat._documents import read_documents
 
 ROOT = Path(compat.__file__).parents[1]
 
@@ -106,13 +108,13 @@ def interrupt(*args):
 def embedded(monkeypatch):
     """The ids of the documents that went through the model, in their order."""
     seen = []
-    original = _embed._embed_batch
+    original = _embed._embed_texts
 
-    def spy(embedder, batch, size):
+    def spy(embedder, batch, *args):
         seen.extend(doc.id for doc in batch)
-        return original(embedder, batch, size)
+        return original(embedder, batch, *args)
 
-    monkeypatch.setattr(_embed, "_embed_batch", spy)
+    monkeypatch.setattr(_embed, "_embed_texts", spy)
     return seen
 
 
@@ -126,7 +128,6 @@ def test_rows_of_all_kinds_of_input_are_those_of_a_plain_encode(model):
     write("docs/a/z.md", b"\xef\xbb\xbf" + texts["c"].encode())
     write("docs/a/y.rst", texts["d"])
     write("docs/c.text", texts["e"])
-    write("docs/left-out.py", "no document")
     lines = [json.dumps({"text": texts["f"]}), "", json.dumps({"text": texts["g"]})]
     write("lines.jsonl", "\n".join(lines))
     pq.write_table(pa.table({"n": [1], "text": [texts["h"]]}), "table.parquet")
@@ -164,7 +165,7 @@ def test_documents_get_their_prompt_and_num_tokens_is_of_the_text_itself(model, 
     prompted.max_seq_length = 20
     prompted.save(str(tmp_path / "prompted"))
     names = write_texts(5, 50)
-    embed(*names, "--model", tmp_path / "prompted", "--batch-size", 2)
+    embed(*names, "--model", tmp_path / "prompted", "--batch-size", 2, "--truncate")
     assert [row["num_tokens"] for row in rows()] == [5, 20]
     wanted = prompted.encode_document([Path(name).read_text() for name in names])
     got = np.array([row["embedding"] for row in rows()])
@@ -198,13 +199,12 @@ def test_text_and_id_columns(model, kind):
     assert complaints(result) == [what, "Not embedded: 1, named above."]
 
 
-def test_documents_are_read_one_at_a_time():
-    write("first.txt", "one")
-    write("second.jsonl", '{"text": "two"}')
-    documents = read_documents([Path("first.txt"), Path("second.jsonl")], "text", None)
-    assert next(documents).text == "one"
-    write("second.jsonl", '{"text": "later"}')
-    assert next(documents).text == "later"
+def test_what_a_folder_has_that_is_not_read_is_said_once_and_is_no_problem(model):
+    write("docs/a.txt", text(9))
+    write("docs/b.png", "")
+    result = embed("docs", "--model", model)
+    assert ids() == ["docs/a.txt"]
+    assert complaints(result) == ["docs: 1 file not read (.png 1)"]
 
 
 @pytest.mark.skipif(FORKS, reason="the forks move no bar inside a text")
@@ -233,6 +233,105 @@ def test_progress_is_over_the_bytes_of_what_is_left_and_moves_inside_a_text(mode
     assert len(inside) > 5
     assert inside == sorted(inside)
     assert 200 in bar.positions
+
+
+# Texts that are too long for max_seq_length.
+
+
+def limited(model, folder, tokens, **prompts):
+    """The model, saved with a limit."""
+    it = SentenceTransformer(str(model), device="cpu", prompts=prompts or None)
+    it.max_seq_length = tokens
+    it.save(str(folder))
+    return folder
+
+
+def two_that_differ_at_the_end():
+    start = text(20)
+    return [write("a.txt", start + "abcd"), write("b.txt", start + "wxyz"), write("c.txt", start)]
+
+
+def test_no_text_is_cut_in_silence(model, tmp_path):
+    names = two_that_differ_at_the_end()
+    result = embed(*names, "--model", limited(model, tmp_path / "it", 20), status=1)
+    assert ids() == ["c.txt"]
+    what = "found 24 tokens, needed at most 20: --max-seq-length raises that, --truncate cuts"
+    assert complaints(result) == [
+        f"a.txt: {what}",
+        f"b.txt: {what}",
+        "Too long: 2, of up to 24 tokens. A recurrent model has no reason for its limit of 20; "
+        "--max-seq-length 24 reads them whole.",
+        "Not embedded: 2, named above.",
+    ]
+
+
+def test_a_higher_limit_reads_them_whole_and_carries_on(model, tmp_path, embedded):
+    names = two_that_differ_at_the_end()
+    args = [*names, "--model", limited(model, tmp_path / "it", 20)]
+    embed(*args, status=1)
+    del embedded[:]
+    assert complaints(embed(*args, "--max-seq-length", 24)) == []
+    assert embedded == names[:2]
+    got = np.array([row["embedding"] for row in rows()])
+    expected = plain(model, [Path(name).read_text() for name in names])
+    assert cosine_distance(got, expected).max() <= COSINE[torch.float32]
+    assert cosine_distance(got[0], got[1]) > 1e-4
+    assert [row["num_tokens"] for row in rows()] == [24, 24, 20]
+
+
+def test_a_limit_can_be_set_where_there_is_none(model):
+    args = [*two_that_differ_at_the_end(), "--model", model, "--max-seq-length", 20]
+    assert "Too long: 2" in embed(*args, status=1).stderr
+    assert ids() == ["c.txt"]
+
+
+def test_cutting_is_done_where_it_is_asked_for(model, tmp_path):
+    names = two_that_differ_at_the_end()
+    args = [*names, "--model", limited(model, tmp_path / "it", 20)]
+    result = embed(*args, "--truncate")
+    assert complaints(result) == ["Cut to 20 tokens, as --truncate says: 2."]
+    a, b, c = rows()
+    assert a["embedding"] == b["embedding"]
+    assert cosine_distance(a["embedding"], c["embedding"]) <= COSINE[torch.float32]
+    assert [row["num_tokens"] for row in (a, b, c)] == [20, 20, 20]
+    # Rows that were cut are not mixed with others.
+    for more in ([], ["--truncate", "--max-seq-length", 10]):
+        result = embed(*args, *more, status=2)
+        assert "Found: out.parquet with texts cut at 20 tokens. Needed: " in result.stderr
+
+
+def test_a_prompt_and_special_tokens_count_too(tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", end_of_text=True)
+    embedder(checkpoint).save(str(tmp_path / "plain"))
+    it = limited(tmp_path / "plain", tmp_path / "it", 20, document="read: ")
+    names = write_texts(13, 14)
+    result = embed(*names, "--model", it, status=1)
+    assert complaints(result)[0].startswith("1.txt: found 21 tokens, needed at most 20")
+    assert [(row["id"], row["num_tokens"]) for row in rows()] == [("0.txt", 14)]
+
+
+@pytest.mark.parametrize("place", ["document_length", "processing_kwargs"])
+def test_every_limit_of_the_model_counts_and_is_raised(model, tmp_path, place):
+    names = two_that_differ_at_the_end()
+    it = SentenceTransformer(model, device="cpu")
+    if place == "document_length":
+        it[0].document_length = 20
+    else:
+        it[0].processing_kwargs = {"text": {"max_length": 20}}
+    it.save(str(tmp_path / "it"))
+    args = [*names, "--model", tmp_path / "it"]
+    assert "b.txt: found 24 tokens, needed at most 20" in embed(*args, status=1).stderr
+    embed(*args, "--max-seq-length", 24)
+    a, b, _ = rows()
+    assert cosine_distance(a["embedding"], b["embedding"]) > 1e-4
+
+
+def test_a_hybrid_has_a_reason_for_its_limit(tmp_path):
+    embedder(save_checkpoint(tmp_path / "checkpoint", "jamba")).save(str(tmp_path / "plain"))
+    it = limited(tmp_path / "plain", tmp_path / "it", 20)
+    result = embed(*write_texts(25), "--model", it, status=1)
+    assert "The model's limit is 20: its attention may not be good beyond" in result.stderr
+    assert "recurrent" not in result.stderr.split("Too long")[1]
 
 
 # Carrying on.
@@ -438,12 +537,13 @@ def test_the_fingerprint_tells_models_apart_and_is_stable(model, other_model):
     mean[1].pooling_mode = "mean"
     changed = [
         fingerprint(other_model),
-        fingerprint(model, max_seq_length=9),
         fingerprint(model, prompts={"query": "q: ", "document": ""}),
         _embed._fingerprint(mean),
     ]
     assert fingerprint(model) == fingerprint(model)
-    assert len({fingerprint(model), *changed}) == 5
+    assert len({fingerprint(model), *changed}) == 4
+    # Where no text is cut, the limit decides nothing; where texts are, the settings have it.
+    assert fingerprint(model, max_seq_length=9) == fingerprint(model)
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.parquet.partial"])
@@ -509,10 +609,13 @@ def test_every_problem_is_one_line_and_the_rest_is_embedded(model):
     pq.write_table(pa.table({"text": ["from a table", None, ""]}), "t.parquet")
     pq.write_table(pa.table({"body": ["x"]}), "columns.parquet")
     pq.write_table(pa.table({"text": [1]}), "numbers.parquet")
+    doubled = pa.table([["a"], ["b"]], names=["text", "text"])
+    pq.write_table(doubled, "doubled.parquet")
     write("broken.parquet", Path("t.parquet").read_bytes()[:-9])
     inputs = (
         "missing.txt", "empty.txt", "blank.txt", "latin.txt", "folder", "pipe", "l.jsonl",
-        "t.parquet", "columns.parquet", "numbers.parquet", "broken.parquet", "good.txt", "good.txt",
+        "t.parquet", "columns.parquet", "numbers.parquet", "doubled.parquet",
+        "broken.parquet", "good.txt", "good.txt",
     )  # fmt: skip
 
     result = embed(*inputs, "--model", model, "--batch-size", 2, status=1)
@@ -524,7 +627,7 @@ def test_every_problem_is_one_line_and_the_rest_is_embedded(model):
         "empty.txt: found an empty text, needed",
         "blank.txt: found an empty text, needed",
         "latin.txt:2: found the byte 0xef that is not UTF-8, needed",
-        "folder: found no file for it, needed one that ends in .txt .md .rst .text",
+        "folder: found no file for it (.py 1), needed one that ends in .txt .md .rst .text",
         "pipe: found a device or a pipe, needed",
         "l.jsonl:2: found broken JSON (Unterminated string starting at), needed",
         "l.jsonl:3: found list, needed a JSON object",
@@ -538,9 +641,10 @@ def test_every_problem_is_one_line_and_the_rest_is_embedded(model):
         "t.parquet:3: found an empty text, needed",
         "columns.parquet: found 'body', needed the column 'text'",
         "numbers.parquet:1: found int in column 'text', needed",
+        "doubled.parquet: found the column 'text' more than once, needed",
         "broken.parquet: found broken Parquet (",
         "good.txt: found the id 'good.txt' of good.txt again, needed",
-        "Not embedded: 20, named above.",
+        "Not embedded: 21, named above.",
     ]
     assert len(lines) == len(expected), result.stderr
     for line, start in zip(lines, expected, strict=True):
@@ -556,14 +660,14 @@ def test_unreadable_files_and_folders_are_named(model, monkeypatch):
 
     def denying(original):
         # Not by chmod, which does not stop root.
-        def denied(path):
+        def denied(path, *args, **kwargs):
             if Path(path).name in ("denied.txt", "closed"):
                 raise PermissionError(13, "Permission denied", str(path))
-            return original(path)
+            return original(path, *args, **kwargs)
 
         return denied
 
-    monkeypatch.setattr(Path, "read_bytes", denying(Path.read_bytes))
+    monkeypatch.setattr(Path, "open", denying(Path.open))
     monkeypatch.setattr(os, "scandir", denying(os.scandir))
     result = embed("docs", "--model", model, status=1)
     assert ids() == ["docs/a.txt"]
@@ -623,6 +727,7 @@ def test_a_text_without_a_token_or_a_number_is_named(model, tmp_path):
             for size in ("0", "-1", "1.5", "many")
         ),
         ["in.txt", "--output", "out.parquet", "--batch-size", "0"],
+        ["in.txt", "--output", "out.parquet", "--max-seq-length", "0"],
         ["in.txt", "--output", "out.parquet", "--dtype", "int8"],
     ],
     ids=" ".join,
@@ -636,12 +741,59 @@ def test_usage_errors_come_before_any_work(monkeypatch, args):
     assert sorted(path.name for path in Path().iterdir()) == ["folder", "in.txt"]
 
 
-def test_a_model_that_is_none(model, tmp_path):
-    names = write_texts(9)
-    result = embed(*names, "--model", tmp_path / "missing", status=2)
-    assert "Error: Found: " in result.stderr
-    assert "missing cannot be loaded" in result.stderr
+# What ends the command: one line, and exit status 2.
+
+
+def refusal(*args):
+    """The one line of a command that could not be carried out; it writes nothing."""
+    result = embed(*args, status=2)
+    lines = [line for line in complaints(result) if line.startswith("Error: ")]
+    assert len(lines) == 1, result.stderr
+    assert re.fullmatch(r"Error: Found: .+\. Needed: .+\. Remedy: .+\.", lines[0])
+    assert "Traceback" not in result.output
     assert not list(Path().glob("out*"))
+    return lines[0]
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    """A copy of the model, to be broken."""
+    return shutil.copytree(model, tmp_path / "copy")
+
+
+def test_a_model_that_is_none(tmp_path):
+    write("a.txt", "text")
+    (tmp_path / "folder").mkdir()
+    args = ["a.txt", "--model"]
+    assert "nothing at missing" in refusal(*args, "missing")
+    assert "a.txt, which is no folder" in refusal(*args, "a.txt")
+    assert "a folder without config.json" in refusal(*args, "folder")
+
+
+@pytest.mark.parametrize("length", [0, 100, -1])
+def test_torn_weights(copy, length):
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    assert "copy with broken weights (SafetensorError: " in refusal(
+        *write_texts(9), "--model", copy
+    )
+
+
+def test_files_that_a_model_lacks_or_that_are_broken(copy):
+    args = [*write_texts(9), "--model", copy]
+    (copy / "config.json").rename(copy / "kept")
+    (copy / "config.json").write_text("{")
+    assert "copy, which cannot be loaded (OSError: It looks like" in refusal(*args)
+    config = json.loads((copy / "kept").read_text())
+    wider = {**config, "hidden_size": 2 * config["hidden_size"], "expand": 1}
+    (copy / "config.json").write_text(json.dumps(wider))
+    assert "copy, where weights have other shapes" in refusal(*args)
+    (copy / "kept").rename(copy / "config.json")
+    for tokenizer in copy.glob("tokenizer*"):
+        tokenizer.unlink()
+    assert "with a tokenizer of special tokens alone" in refusal(*args)
+    (copy / "model.safetensors").unlink()
+    assert "no file named model.safetensors" in refusal(*args)
 
 
 def test_a_model_without_a_recurrent_state_is_refused(tmp_path):
@@ -651,10 +803,191 @@ def test_a_model_without_a_recurrent_state_is_refused(tmp_path):
     )  # fmt: skip
     BertModel(config).save_pretrained(tmp_path / "bert")
     character_tokenizer().save_pretrained(tmp_path / "bert")
-    result = embed(*write_texts(9), "--model", tmp_path / "bert", status=2)
-    assert "bert" in result.stderr
-    assert "Remedy: " in result.stderr
-    assert not list(Path().glob("out*"))
+    line = refusal(*write_texts(9), "--model", tmp_path / "bert")
+    assert "bert, a model of type 'bert' (BertModel). Needed: a recurrent model" in line
+    assert "vertical_chunk_size" not in line
+
+
+def test_what_only_encode_could_do_is_no_remedy_of_the_command(model, tmp_path):
+    transformer = SentenceTransformer(model, device="cpu")[0]
+    other = SentenceTransformer(modules=[transformer, LayerNorm(32)], device="cpu")
+    other.save(str(tmp_path / "other"))
+    line = refusal(*write_texts(9), "--model", tmp_path / "other")
+    assert "LayerNorm between Transformer and Pooling" in line
+    assert "Remedy: give --model another model." in line
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta", "cuda:99"])
+def test_a_device_that_is_not_there(model, device):
+    line = refusal(*write_texts(9), "--model", model, "--device", device)
+    assert f"Found: --device {device}" in line
+    assert "Needed: a device that this machine has: cpu" in line
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't ..."),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("place", ["load", "word", "hash"])
+def test_no_memory_at_all(model, monkeypatch, error, place):
+    def fail(*args, **kwargs):
+        raise error
+
+    names = write_texts(9)
+    if place == "load":
+        monkeypatch.setattr(_loading, "SentenceTransformer", fail)
+    elif place == "word":
+        monkeypatch.setattr(SentenceTransformer, "encode_document", fail)
+    else:
+        monkeypatch.setattr(_embed, "_fingerprint", fail)
+    line = refusal(*names, "--model", model)
+    assert "Found: too little memory." in line
+    assert "--vertical-chunk-size" in line
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_text_that_there_is_no_memory_for_is_named_and_the_rest_embedded(
+    model, monkeypatch, embedded, error
+):
+    names = write_texts(20, 30, 10)
+    original = SentenceTransformer.encode_document
+
+    def encode_document(self, texts, **kwargs):
+        if any(len(text) == 30 for text in texts):
+            raise error
+        return original(self, texts, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "encode_document", encode_document)
+    result = embed(*names, "--model", model, status=1)
+    assert ids() == ["0.txt", "2.txt"]
+    # Side by side, then one by one.
+    assert embedded == [*names, *names]
+    what = "1.txt: found too little memory for it, needed room: try a smaller --vertical-chunk-size"
+    assert complaints(result) == [what, "Not embedded: 1, named above."]
+
+
+def test_an_input_that_there_is_no_memory_for_is_named_and_the_rest_embedded(model, monkeypatch):
+    names = write_texts(20, 30)
+    original = Path.open
+
+    def opened(path, *args, **kwargs):
+        if path.name == "0.txt":
+            raise MemoryError
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
+    result = embed(*names, "--model", model, status=1)
+    assert ids() == ["1.txt"]
+    assert complaints(result)[0].startswith("0.txt: found too little memory for it, needed room")
+
+
+@pytest.mark.parametrize("place", ["text", "input", "command"])
+@pytest.mark.parametrize("shown", ["", "--traceback", "COMPAT_TRACEBACK"])
+def test_a_fault_of_our_own_is_one_line_unless_the_traceback_is_asked_for(
+    model, monkeypatch, place, shown
+):
+    names = write_texts(20, 30)
+    owner, attribute, original = {
+        "text": (SentenceTransformer, "encode_document", SentenceTransformer.encode_document),
+        "input": (_documents, "_read_text", _documents._read_text),
+        "command": (_embed, "_merge", _embed._merge),
+    }[place]
+
+    def fail(*args, **kwargs):
+        second = place == "text" and [len(text) for text in args[1]] in ([20, 30], [30])
+        if second or place == "command" or (place == "input" and args[0].name == "1.txt"):
+            raise KeyError("a fault")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, attribute, fail)
+    args = [*names, "--model", model]
+    if shown:
+        monkeypatch.setenv("COMPAT_TRACEBACK", "1" if shown.isupper() else "0")
+        with pytest.raises(KeyError, match="a fault"):
+            embed(*args, *([] if shown.isupper() else [shown]))
+    elif place == "command":
+        result = embed(*args, status=2)
+        assert "Error: Found: KeyError: 'a fault'. Needed: " in result.stderr
+        assert "--traceback" in result.stderr
+        assert Path("out.parquet.partial").exists()
+    else:
+        result = embed(*args, status=1)
+        assert ids() == ["0.txt"]
+        assert "1.txt: found an error (KeyError: 'a fault'), needed " in result.stderr
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC, errno.EROFS])
+def test_an_output_that_cannot_be_written(model, monkeypatch, code):
+    names = write_texts(20)
+    original = Path.open
+
+    def denied(path, *args, **kwargs):
+        # Not by chmod, which does not stop root.
+        if path.name == "out.parquet.partial":
+            raise OSError(code, os.strerror(code), str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", denied)
+    line = refusal(*names, "--model", model)
+    assert f"Found: that out.parquet.partial cannot be written ({os.strerror(code)})" in line
+
+
+def test_a_disk_that_becomes_full_at_the_end_keeps_the_rows_and_leaves_no_rest(model, monkeypatch):
+    names = write_texts(20, 12)
+    args = [*names, "--model", model, "--batch-size", 1]
+    original, calls = os.fsync, []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = embed(*args, status=2)
+    assert "Found: that out.parquet cannot be written (No space left on device)" in result.stderr
+    assert [path.name for path in Path().glob("out*")] == ["out.parquet.partial"]
+    monkeypatch.setattr(os, "fsync", original)
+    assert "0 documents" in embed(*args).stdout
+    assert ids() == names
+
+
+def test_an_output_whose_folder_cannot_be_looked_into(monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    result = run("embed", "a.txt", "--output", "closed/out.parquet", status=2)
+    assert "cannot be written (Permission denied)" in " ".join(result.stderr.split())
+
+
+# A model without a padding token.
+
+
+def without_padding(copy, **changes):
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, **changes}))
+    return copy
+
+
+@pytest.mark.parametrize("changes", [{}, {"eos_token": None}], ids=["end", "unknown"])
+def test_a_model_without_a_padding_token_embeds_what_each_text_alone_does(copy, model, changes):
+    names = write_texts(40, 7, 23)
+    embed(*names, "--model", without_padding(copy, **changes))
+    got = np.array([row["embedding"] for row in rows()])
+    expected = plain(model, [Path(name).read_text() for name in names])
+    assert cosine_distance(got, expected).max() <= COSINE[torch.float32]
+    assert [row["num_tokens"] for row in rows()] == [40, 7, 23]
+
+
+def test_without_any_special_token_the_remedy_is_named(copy):
+    without_padding(copy, eos_token=None, unk_token=None)
+    assert "set tokenizer.pad_token" in refusal(*write_texts(9), "--model", copy)
 
 
 def test_without_pyarrow_the_remedy_is_named(monkeypatch):
@@ -675,11 +1008,33 @@ def test_help_names_every_option():
     text = plain_help("embed")
     for option in (
         "--output", "--model", "--vertical-chunk-size", "--batch-size", "--dtype", "--device",
-        "--text-column", "--id-column",
+        "--text-column", "--id-column", "--max-seq-length", "--truncate", "--traceback",
     ):  # fmt: skip
         assert option in text
-    for word in (".txt", ".md", ".rst", ".text", "kept", "FILE:LINE", "512", "float16"):
+    for word in (
+        ".txt", ".md", ".rst", ".text", ".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".jl",
+        ".gz", ".bz2", ".zst", "kept", "FILE:LINE", "512", "float16",
+    ):  # fmt: skip
         assert word in text
+
+
+def test_without_typer_the_remedy_is_named():
+    code = """
+import runpy, sys
+sys.modules["typer"] = None
+runpy.run_module("compat", run_name="__main__", alter_sys=True)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert 'Remedy: pip install "vertical-chunking[embed]"' in line
 
 
 def test_status_prints_the_tables():
