@@ -15,9 +15,10 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
 Features = dict[str, Any]
+T = TypeVar("T")
 
 KEYWORD = "vertical_chunk_size"
 
@@ -53,7 +55,8 @@ class _Size(int):
 def _receive(size: int) -> _Size:
     from compat._hooks import enable_vertical_chunking
 
-    enable_vertical_chunking()
+    if not _encoding.get():  # Else the running call holds the hooks, and they end with it.
+        enable_vertical_chunking()
     return _Size(size)
 
 
@@ -92,6 +95,21 @@ class _Run:
 
 _encoding: ContextVar[bool] = ContextVar("compat_encoding", default=False)
 _run: ContextVar[_Run | None] = ContextVar("compat_run", default=None)
+
+
+@contextmanager
+def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def _held() -> AbstractContextManager[None]:
+    from compat._hooks import held
+
+    return held()
 
 
 def installed() -> bool:
@@ -245,11 +263,9 @@ def _encode(original: Callable[..., Any]) -> Callable[..., Any]:
         if vertical_chunk_size is None:
             return original(self, *args, **kwargs)
         size = _Size(check_chunk_size(vertical_chunk_size))
-        token = _encoding.set(True)
-        try:
+        # Another thread may take the hooks out while this call runs, or before it has begun.
+        with _held(), _set(_encoding, True):
             return original(self, *args, **{KEYWORD: size}, **kwargs)
-        finally:
-            _encoding.reset(token)
 
     signature = inspect.signature(original)
     parameters = list(signature.parameters.values())
@@ -314,12 +330,12 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
         pooled = output_value == "sentence_embedding"
         check_modules(self, pooled, kwargs.get("task"))
         check_inputs(self, inputs, kwargs.get("prompt"), kwargs.get("task"))
-        with _progress.opened(sum(map(self._input_length, inputs)), show_progress_bar) as bar:
-            token = _run.set(_Run(int(vertical_chunk_size), pooled, bar))
-            try:
-                return original(self, inputs, show_progress_bar=False, **kwargs)
-            finally:
-                _run.reset(token)
+        chars = sum(map(self._input_length, inputs))
+        with (
+            _progress.opened(chars, show_progress_bar) as bar,
+            _set(_run, _Run(int(vertical_chunk_size), pooled, bar)),
+        ):
+            return original(self, inputs, show_progress_bar=False, **kwargs)
 
     return _inference
 
