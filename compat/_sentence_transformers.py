@@ -28,6 +28,7 @@ from compat._checks import TOKENS, check_features, check_inputs, check_modules, 
 from compat._chunks import align_left, check_chunk_size, iter_chunks, stream, windows
 from compat._errors import UnsupportedPipelineError, UnsupportedVersionError
 from compat._families import backbone_of
+from compat._own_chunks import KEYWORD, for_preprocess, reads_by_itself
 from compat._patches import Patch
 from compat._pooling import Chunk, TokenStream
 
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 Features = dict[str, Any]
 T = TypeVar("T")
-
-KEYWORD = "vertical_chunk_size"
 
 
 class _Size(int):
@@ -252,20 +251,20 @@ def _warn_of_a_default(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _encode(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def encode(
-        self: SentenceTransformer,
-        *args: Any,
-        vertical_chunk_size: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if vertical_chunk_size is None:
-            vertical_chunk_size = _get_default(self)
-        if vertical_chunk_size is None:
+    def encode(self: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
+        size = kwargs.get(KEYWORD)
+        size = _get_default(self) if size is None else size
+        if size is None and KEYWORD not in kwargs:
             return original(self, *args, **kwargs)
-        size = _Size(check_chunk_size(vertical_chunk_size))
+        if reads_by_itself(self, kwargs.get("task")):
+            return original(self, *args, **{**kwargs, KEYWORD: size})
+        if size is None:
+            del kwargs[KEYWORD]
+            return original(self, *args, **kwargs)
+        kwargs[KEYWORD] = _Size(check_chunk_size(size))
         # Another thread may take the hooks out while this call runs, or before it has begun.
         with _held(), _set(_encoding, True):
-            return original(self, *args, **{KEYWORD: size}, **kwargs)
+            return original(self, *args, **kwargs)
 
     signature = inspect.signature(original)
     parameters = list(signature.parameters.values())
@@ -308,7 +307,7 @@ def _get_model_kwargs(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_model_kwargs(self: SentenceTransformer) -> list[str]:
         names: list[str] = original(self)
         # Only for `encode` itself: to everybody else the model's own arguments are what they were.
-        return [*names, KEYWORD] if _encoding.get() else names
+        return [*names, KEYWORD] if _encoding.get() and KEYWORD not in names else names
 
     return get_model_kwargs
 
@@ -319,21 +318,21 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
         self: SentenceTransformer,
         inputs: list[Any],
         *,
-        vertical_chunk_size: int | None = None,
         show_progress_bar: bool = False,
         output_value: str | None = "sentence_embedding",
         **kwargs: Any,
     ) -> Any:
         kwargs["output_value"] = output_value
-        if vertical_chunk_size is None:
+        if kwargs.get(KEYWORD) is None or reads_by_itself(self, kwargs.get("task")):
             return original(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
+        size = int(kwargs.pop(KEYWORD))
         pooled = output_value == "sentence_embedding"
         check_modules(self, pooled, kwargs.get("task"))
         check_inputs(self, inputs, kwargs.get("prompt"), kwargs.get("task"))
         chars = sum(map(self._input_length, inputs))
         with (
             _progress.opened(chars, show_progress_bar) as bar,
-            _set(_run, _Run(int(vertical_chunk_size), pooled, bar)),
+            _set(_run, _Run(size, pooled, bar)),
         ):
             return original(self, inputs, show_progress_bar=False, **kwargs)
 
@@ -343,7 +342,7 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
 def _multi_process(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _multi_process(self: SentenceTransformer, inputs: list[Any], **kwargs: Any) -> Any:
-        if kwargs.get(KEYWORD) is not None:
+        if isinstance(kwargs.get(KEYWORD), _Size):
             # The workers check their shares too, but the indices there say nothing to the caller.
             check_modules(self, kwargs["output_value"] == "sentence_embedding", kwargs.get("task"))
             check_inputs(self, inputs, kwargs.get("prompt"), kwargs.get("task"))
@@ -355,7 +354,7 @@ def _multi_process(original: Callable[..., Any]) -> Callable[..., Any]:
 def _preprocess(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def preprocess(self: SentenceTransformer, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        features = original(self, inputs, **kwargs)
+        features = original(self, inputs, **for_preprocess(self, kwargs))
         if (run := _run.get()) is not None:
             run.chars, run.moved = sum(map(self._input_length, inputs)), 0
             check_tokens(inputs, features)
