@@ -13,8 +13,45 @@ from compat._patches import Patches
 from compat._report import Report, sentence_transformers_status, transformers_status
 
 _lock = threading.RLock()
+_holders = 0
 _patches: Patches | None = None
 _models = ExitStack()
+_lasting = ExitStack()
+_is_lasting = False
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Have the hooks in for the length of a `with` block, whoever else holds them, in any thread.
+
+    The first holder puts them in, and the last takes them out; a call of `encode` in chunks is one.
+    """
+    global _holders, _models, _patches
+    with _lock:
+        if _patches is None:
+            _models, _patches = _put_in()
+        _holders += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _holders -= 1
+            if not _holders:
+                _patches.undo()
+                _patches = None
+                _models.close()
+
+
+def _put_in() -> tuple[ExitStack, Patches]:
+    """Replace attributes of the libraries: all that is planned, or nothing."""
+    _transformers.require_support()
+    with ExitStack() as stack:
+        for family in family_patches():
+            with suppress(UnsupportedVersionError):  # Chunks of that family raise it.
+                stack.enter_context(family)
+        stack.enter_context(_fused.full_passes())
+        patches = Patches(_sentence_transformers.plan())
+        return stack.pop_all(), patches
 
 
 def enable_vertical_chunking() -> Report:
@@ -33,43 +70,36 @@ def enable_vertical_chunking() -> Report:
         UnsupportedVersionError: A library is installed but is not what the hooks expect; nothing
             is patched then.
     """
-    global _models, _patches
+    global _is_lasting
     with _lock:
-        if _patches is None:
-            _transformers.require_support()
-            with ExitStack() as stack:
-                for held in family_patches():
-                    with suppress(UnsupportedVersionError):  # Chunks of that family raise it.
-                        stack.enter_context(held)
-                stack.enter_context(_fused.full_passes())
-                _patches = Patches(_sentence_transformers.plan())
-                _models = stack.pop_all()
+        if not _is_lasting:
+            _lasting.enter_context(held())
+            _is_lasting = True
         return status()
 
 
 def disable_vertical_chunking() -> None:
-    """Put every patched attribute back to the object that it was; without hooks, do nothing."""
-    global _patches
+    """Let go of what `enable_vertical_chunking()` holds, however often it was called.
+
+    Every patched attribute is the very object again that it was as soon as nobody else holds the
+    hooks: no `with vertical_chunking()` block, and no call of `encode` in chunks that is still
+    running in another thread. Without hooks it does nothing.
+    """
+    global _is_lasting
     with _lock:
-        if _patches is not None:
-            _patches.undo()
-            _patches = None
-            _models.close()
+        _is_lasting = False
+        _lasting.close()
 
 
 @contextmanager
 def vertical_chunking() -> Iterator[Report]:
-    """`enable_vertical_chunking()` for the length of a `with` block.
+    """Have vertical chunking on for the length of a `with` block, in all threads.
 
-    Where it is on already, it stays on afterwards.
+    Each block holds it for itself: neither the end of another block nor
+    `disable_vertical_chunking()` takes it away, and where it was on before, it stays on afterwards.
     """
-    was_enabled = _patches is not None
-    report = enable_vertical_chunking()
-    try:
-        yield report
-    finally:
-        if not was_enabled:
-            disable_vertical_chunking()
+    with held():
+        yield status()
 
 
 def status() -> Report:

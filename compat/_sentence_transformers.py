@@ -13,11 +13,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,10 +25,19 @@ from torch import Tensor
 from compat import _progress
 from compat._checks import TOKENS, check_features, check_inputs, check_modules, check_tokens
 from compat._chunks import align_left, check_chunk_size, iter_chunks, stream, windows
+from compat._cuts import Cuts, counting, told_once
 from compat._errors import UnsupportedPipelineError, UnsupportedVersionError
 from compat._families import backbone_of
+from compat._own_chunks import KEYWORD, for_preprocess, reads_by_itself
 from compat._patches import Patch
 from compat._pooling import Chunk, TokenStream
+from compat._stored_default import (
+    get_default,
+    hook_get_model_config,
+    hook_of_others,
+    hook_parse_model_config,
+    set_default,
+)
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -36,8 +45,7 @@ if TYPE_CHECKING:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
 Features = dict[str, Any]
-
-KEYWORD = "vertical_chunk_size"
+T = TypeVar("T")
 
 
 class _Size(int):
@@ -46,15 +54,20 @@ class _Size(int):
     Without it a worker process would take the argument, ignore it, and read the whole text at once.
     """
 
-    def __reduce__(self) -> tuple[Callable[[int], _Size], tuple[int]]:
-        return _receive, (int(self),)
+    def __reduce__(self) -> tuple[Callable[..., _Size], tuple[type[_Size], int]]:
+        return _receive, (type(self), int(self))
 
 
-def _receive(size: int) -> _Size:
+class _Share(_Size):
+    """The size with a worker's share of the texts, which asks for word of what was cut."""
+
+
+def _receive(kind: type[_Size], size: int) -> _Size:
     from compat._hooks import enable_vertical_chunking
 
-    enable_vertical_chunking()
-    return _Size(size)
+    if not _encoding.get():  # Else the running call holds the hooks, and they end with it.
+        enable_vertical_chunking()
+    return kind(size)
 
 
 @dataclass
@@ -92,6 +105,21 @@ class _Run:
 
 _encoding: ContextVar[bool] = ContextVar("compat_encoding", default=False)
 _run: ContextVar[_Run | None] = ContextVar("compat_run", default=None)
+
+
+@contextmanager
+def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def _held() -> AbstractContextManager[None]:
+    from compat._hooks import held
+
+    return held()
 
 
 def installed() -> bool:
@@ -135,16 +163,16 @@ def plan() -> list[Patch]:
             "_inference": _inference,
             "_multi_process": _multi_process,
             "preprocess": _preprocess,
-            "_get_model_config": _get_model_config,
-            "_parse_model_config": _parse_model_config,
+            "_get_model_config": hook_get_model_config,
+            "_parse_model_config": hook_parse_model_config,
         },
         Transformer: {"forward": _transformer_forward},
         Dense: {"forward": _token_wise_forward},
         Normalize: {"forward": _token_wise_forward},
         Pooling: {"forward": _pooling_forward},
-        CrossEncoder: {"predict": _predict, "_parse_model_config": _warn_of_a_default},
-        MultiVectorEncoder: {"_parse_model_config": _warn_of_a_default},
-        SparseEncoder: {"_parse_model_config": _warn_of_a_default},
+        CrossEncoder: {"predict": _predict, "_parse_model_config": hook_of_others},
+        MultiVectorEncoder: {"_parse_model_config": hook_of_others},
+        SparseEncoder: {"_parse_model_config": hook_of_others},
     }
     for owner, factories in hooks.items():
         for name in factories:
@@ -159,7 +187,7 @@ def plan() -> list[Patch]:
     for method in (SentenceTransformer.encode, SentenceTransformer._inference):
         if not _takes_keywords(method):
             raise _unsupported(f"SentenceTransformer.{method.__name__} takes no **kwargs")
-    patches: list[Patch] = [(SentenceTransformer, KEYWORD, property(_get_default, _set_default))]
+    patches: list[Patch] = [(SentenceTransformer, KEYWORD, property(get_default, set_default))]
     for owner, factories in hooks.items():
         patches += [(owner, name, make(getattr(owner, name))) for name, make in factories.items()]
     return patches
@@ -180,76 +208,27 @@ def _takes_keywords(function: Callable[..., Any]) -> bool:
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
-# The default that a model carries. It lives in the instance's __dict__ under its own name, so that
-# it stays a plain attribute when the hooks are off.
-
-
-def _get_default(model: SentenceTransformer) -> int | None:
-    """Tokens in a vertical chunk where `encode` is not told; None reads whole texts."""
-    default: int | None = vars(model).get(KEYWORD)
-    return default
-
-
-def _set_default(model: SentenceTransformer, value: int | None) -> None:
-    vars(model)[KEYWORD] = None if value is None else check_chunk_size(value)
-
-
-def _get_model_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _get_model_config(self: SentenceTransformer) -> dict[str, Any]:
-        config: dict[str, Any] = original(self)
-        if (default := _get_default(self)) is not None:
-            config[KEYWORD] = default
-        return config
-
-    return _get_model_config
-
-
-def _parse_model_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _parse_model_config(self: SentenceTransformer, model_config: dict[str, Any]) -> None:
-        original(self, model_config)
-        _set_default(self, model_config.get(KEYWORD))
-
-    return _parse_model_config
-
-
-def _warn_of_a_default(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _parse_model_config(self: Any, model_config: dict[str, Any]) -> None:
-        original(self, model_config)
-        if (default := model_config.get(KEYWORD)) is not None:
-            warnings.warn(
-                f"This {type(self).__name__} is stored with {KEYWORD}={default}, which is ignored: "
-                "compat's hooks serve SentenceTransformer alone. It gives what it is meant to, but "
-                "reads each text at once, in memory that grows with the text.",
-                stacklevel=2,
-            )
-
-    return _parse_model_config
-
-
 # From encode to the modules.
 
 
 def _encode(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def encode(
-        self: SentenceTransformer,
-        *args: Any,
-        vertical_chunk_size: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if vertical_chunk_size is None:
-            vertical_chunk_size = _get_default(self)
-        if vertical_chunk_size is None:
+    def encode(self: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
+        size = kwargs.get(KEYWORD)
+        size = get_default(self) if size is None else size
+        if size is None and KEYWORD not in kwargs:
             return original(self, *args, **kwargs)
-        size = _Size(check_chunk_size(vertical_chunk_size))
-        token = _encoding.set(True)
-        try:
-            return original(self, *args, **{KEYWORD: size}, **kwargs)
-        finally:
-            _encoding.reset(token)
+        task = kwargs.get("task")
+        if reads_by_itself(self, task):
+            with told_once(self, task):
+                return original(self, *args, **{**kwargs, KEYWORD: size})
+        if size is None:
+            del kwargs[KEYWORD]
+            return original(self, *args, **kwargs)
+        kwargs[KEYWORD] = _Size(check_chunk_size(size))
+        # Another thread may take the hooks out while this call runs, or before it has begun.
+        with _held(), _set(_encoding, True), told_once(self, task):
+            return original(self, *args, **kwargs)
 
     signature = inspect.signature(original)
     parameters = list(signature.parameters.values())
@@ -292,7 +271,7 @@ def _get_model_kwargs(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_model_kwargs(self: SentenceTransformer) -> list[str]:
         names: list[str] = original(self)
         # Only for `encode` itself: to everybody else the model's own arguments are what they were.
-        return [*names, KEYWORD] if _encoding.get() else names
+        return [*names, KEYWORD] if _encoding.get() and KEYWORD not in names else names
 
     return get_model_kwargs
 
@@ -303,23 +282,31 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
         self: SentenceTransformer,
         inputs: list[Any],
         *,
-        vertical_chunk_size: int | None = None,
         show_progress_bar: bool = False,
         output_value: str | None = "sentence_embedding",
         **kwargs: Any,
     ) -> Any:
         kwargs["output_value"] = output_value
-        if vertical_chunk_size is None:
+        size, task = kwargs.get(KEYWORD), kwargs.get("task")
+        if size is None:
             return original(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
-        pooled = output_value == "sentence_embedding"
-        check_modules(self, pooled, kwargs.get("task"))
-        check_inputs(self, inputs, kwargs.get("prompt"), kwargs.get("task"))
-        with _progress.opened(sum(map(self._input_length, inputs)), show_progress_bar) as bar:
-            token = _run.set(_Run(int(vertical_chunk_size), pooled, bar))
-            try:
-                return original(self, inputs, show_progress_bar=False, **kwargs)
-            finally:
-                _run.reset(token)
+        cuts = Cuts()
+        with ExitStack() as stack:
+            if not reads_by_itself(self, task):
+                del kwargs[KEYWORD]
+                pooled = output_value == "sentence_embedding"
+                check_modules(self, pooled, task)
+                check_inputs(self, inputs, kwargs.get("prompt"), task)
+                chars = sum(map(self._input_length, inputs))
+                bar = stack.enter_context(_progress.opened(chars, show_progress_bar))
+                show_progress_bar = False
+                stack.enter_context(_set(_run, _Run(int(size), pooled, bar)))
+            stack.enter_context(_set(counting, cuts))
+            outputs = original(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
+        if isinstance(size, _Share):
+            return cuts.beside(outputs)
+        cuts.tell(self, task)
+        return outputs
 
     return _inference
 
@@ -327,10 +314,11 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
 def _multi_process(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _multi_process(self: SentenceTransformer, inputs: list[Any], **kwargs: Any) -> Any:
-        if kwargs.get(KEYWORD) is not None:
+        if isinstance(kwargs.get(KEYWORD), _Size):
             # The workers check their shares too, but the indices there say nothing to the caller.
             check_modules(self, kwargs["output_value"] == "sentence_embedding", kwargs.get("task"))
             check_inputs(self, inputs, kwargs.get("prompt"), kwargs.get("task"))
+            kwargs[KEYWORD] = _Share(kwargs[KEYWORD])
         return original(self, inputs, **kwargs)
 
     return _multi_process
@@ -339,7 +327,9 @@ def _multi_process(original: Callable[..., Any]) -> Callable[..., Any]:
 def _preprocess(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def preprocess(self: SentenceTransformer, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        features = original(self, inputs, **kwargs)
+        features = original(self, inputs, **for_preprocess(self, kwargs))
+        if (cuts := counting.get()) is not None:
+            cuts.look(self, inputs, features, kwargs)
         if (run := _run.get()) is not None:
             run.chars, run.moved = sum(map(self._input_length, inputs)), 0
             check_tokens(inputs, features)
