@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import joblib  # type: ignore[import-untyped]
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -90,6 +91,7 @@ def embed(
 
     path = output.with_name(output.name + ".partial")
     with _locked(path) as journal:
+        _take_granted_cpus()
         embedder, name = _load_model(model, dtype, device)
         settings = _settings(embedder, name)
         done.update(_finished(output, path, settings))
@@ -145,6 +147,12 @@ def _load_model(
             "give --model such a folder",
         ) from error
     return model, os.path.realpath(path) if Path(path).exists() else path
+
+
+def _take_granted_cpus() -> None:
+    """Have no more threads than a container's quota of CPUs, which torch does not look at."""
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(min(torch.get_num_threads(), joblib.cpu_count()))
 
 
 def _settings(model: SentenceTransformer, name: str) -> dict[str, str]:
