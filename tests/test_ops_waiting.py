@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import compat
+from ci import under_load
 from compat.__main__ import app
 from compat.ops import _native, _waiting
 
@@ -230,3 +232,11 @@ def test_the_command_has_no_more_threads_than_a_container_grants(
     finally:
         torch.set_num_threads(before)
     assert found == [threads]
+
+
+def test_under_load_takes_turns_and_leaves_no_process(monkeypatch):
+    monkeypatch.setattr(under_load, "WAYS", {"one thread": {"OMP_NUM_THREADS": "1"}})
+    found = dict(under_load.compare(hidden_size=64, tokens=8, rounds=2, busy=[1]))
+    assert [len(turns) for turns in found[1].values()] == [2]
+    assert all(taken.wall > 0 and taken.cpu > 0 for taken in found[1]["one thread"])
+    assert not [p for p in psutil.Process().children() if "under_load" in " ".join(p.cmdline())]
