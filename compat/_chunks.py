@@ -21,7 +21,6 @@ from ._family import Family
 from ._pooling import Chunk, StreamingPooling
 from ._registry import check_positions
 from ._transformers import require_support
-from .ops._waiting import wait_asleep
 
 Window = tuple[int, int]
 
@@ -191,8 +190,6 @@ def _run(
     if family.grows:
         _warn_that_it_grows(str(backbone.config.model_type))
     longest = int(lengths[rows].max())
-    if input_ids.device.type == "cpu":
-        wait_asleep()
     state: Any = None
     for start, end in parts:
         alive = (lengths[rows] > start).nonzero()[:, 0]

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import joblib  # type: ignore[import-untyped]
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -98,6 +99,7 @@ def embed(
 
     path = output.with_name(output.name + ".partial")
     with _locked(path) as journal:
+        _take_granted_cpus()
         if (line := label(model)) is not None:
             print(line, file=sys.stderr)
         embedder = load_model(model, dtype, device)
@@ -146,6 +148,12 @@ def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document
 def _name(path: str) -> str:
     """The name by which the settings know a model."""
     return os.path.realpath(path) if Path(path).exists() else path
+
+
+def _take_granted_cpus() -> None:
+    """Have no more threads than a container's quota of CPUs, which torch does not look at."""
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(min(torch.get_num_threads(), joblib.cpu_count()))
 
 
 def _settings(model: SentenceTransformer, name: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from compat._recurrent_gemma import RecurrentGemma
 from compat._registry import MODELS, UNSUPPORTED, look_up
 from compat._rwkv import Rwkv
 from compat._xlstm import XLstm
+from compat.ops._waiting import wait_asleep
 
 # Model types that need more than the names of their state; the others are those of transformers.
 _CLASSES: dict[str, type[Family]] = {
@@ -61,6 +62,8 @@ def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
         backbone = cast(PreTrainedModel, model.base_model)
         return backbone, _fla.family_of(backbone)
     backbone, family = look_up(model, FAMILIES)
+    if backbone.device.type == "cpu":
+        wait_asleep()
     require_exact(backbone, family)
     return backbone, family
 

@@ -9,10 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import compat
+from ci import under_load
+from compat.__main__ import app
 from compat.ops import _native, _waiting
 
 ROOT = Path(compat.__file__).parent.parent
@@ -200,3 +204,39 @@ def test_a_loop_that_is_shorter_than_the_threads_are_many_ends_none_of_them(libr
     print(len(before) >= 6, threads() == before)
     """
     assert run(KERNELS + code) == ["True", "True"]
+
+
+@pytest.mark.parametrize(
+    ("granted", "variable", "threads"), [(2, None, 2), (8, None, 3), (2, "3", 3)]
+)
+def test_the_command_has_no_more_threads_than_a_container_grants(
+    monkeypatch, tmp_path, granted, variable, threads
+):
+    found = []
+
+    def load(*args, **kwargs):
+        found.append(torch.get_num_threads())
+        raise OSError("that is all that was to be seen")
+
+    monkeypatch.setattr("compat._embed._load_model", load)
+    monkeypatch.setattr("joblib.cpu_count", lambda: granted)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    (tmp_path / "a.txt").write_text("text")
+    command = ["embed", str(tmp_path / "a.txt"), "-o", str(tmp_path / "out.parquet")]
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        CliRunner().invoke(app, command)
+    finally:
+        torch.set_num_threads(before)
+    assert found == [threads]
+
+
+def test_under_load_takes_turns_and_leaves_no_process(monkeypatch):
+    monkeypatch.setattr(under_load, "WAYS", {"one thread": {"OMP_NUM_THREADS": "1"}})
+    found = dict(under_load.compare(hidden_size=64, tokens=8, rounds=2, busy=[1]))
+    assert [len(turns) for turns in found[1].values()] == [2]
+    assert all(taken.wall > 0 and taken.cpu > 0 for taken in found[1]["one thread"])
+    assert not [p for p in psutil.Process().children() if "under_load" in " ".join(p.cmdline())]
