@@ -70,8 +70,8 @@ def embed(
         typer.Argument(
             metavar="INPUT",
             readable=False,  # What cannot be read is one problem among others.
-            help="Tables (.parquet, .csv, .tsv) and JSON lines (.jsonl, .ndjson, .jl): a document a "
-            "row; any other file is a text in UTF-8, but formats that are no prose (.json, .pdf, "
+            help="Tables (.parquet, .csv, .tsv) and JSON lines (.jsonl, .ndjson, .jl), a document "
+            "a row; any other file is a text in UTF-8, but formats that are no prose (.json, .pdf, "
             ".docx, .html and the like) are refused. All but .parquet may be compressed (.gz, "
             ".bz2, .zst). Folders are searched through all levels and links, in sorted order, for "
             "texts alone: what ends in .txt, .md, .rst or .text, compressed or not; how many other "
