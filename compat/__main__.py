@@ -51,12 +51,15 @@ def status(
 
 def _output(path: Path) -> Path:
     try:
+        str(path).encode()
         if path.is_dir():
             raise typer.BadParameter(f"{path} is a folder; a file is needed.")
         if not path.parent.is_dir():
             raise typer.BadParameter(f"The folder {path.parent} does not exist; create it first.")
     except OSError as error:
         raise typer.BadParameter(f"{path} cannot be written ({error.strerror}).") from error
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter("Its name is not UTF-8; give another one.") from error
     return path
 
 
@@ -66,11 +69,13 @@ def embed(
         list[Path],
         typer.Argument(
             metavar="INPUT",
-            help="Text files in UTF-8, whatever they end in; tables (.parquet, .csv, .tsv) and "
-            "JSON lines (.jsonl, .ndjson, .jl), one document a row. All but .parquet may be "
-            "compressed (.gz, .bz2, .zst). Folders are searched through all levels and links, in "
-            "sorted order, for texts alone: what ends in .txt, .md, .rst or .text, compressed or "
-            "not; what else is there is counted on stderr.",
+            readable=False,  # What cannot be read is one problem among others.
+            help="Tables (.parquet, .csv, .tsv) and JSON lines (.jsonl, .ndjson, .jl), a document "
+            "a row; any other file is a text in UTF-8, but formats that are no prose (.json, .pdf, "
+            ".docx, .html and the like) are refused. All but .parquet may be compressed (.gz, "
+            ".bz2, .zst). Folders are searched through all levels and links, in sorted order, for "
+            "texts alone: what ends in .txt, .md, .rst or .text, compressed or not; how many other "
+            "files they have is said on stderr.",
             show_default=False,
         ),
     ],

@@ -135,8 +135,17 @@ def embed(
         print(line, file=sys.stderr)
     if kept:
         speed = f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)"
-        print(f"{count} documents, {speed}; {kept} rows in {output}")
+        _say(f"{count} documents, {speed}; {kept} rows in {output}")
     return sum(isinstance(item, Problem) for item in reported)
+
+
+def _say(line: str) -> None:
+    """Print on stdout; who has closed it does not want the line, and the rows are written."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:

@@ -94,26 +94,34 @@ def _not_loaded(path: str, error: Exception) -> VerticalChunkingError:
 
     if is_of_memory(error):
         return too_little_memory()
-    folder = Path(path)
     if isinstance(error, SafetensorError):
         return VerticalChunkingError(
             f"{path} with broken weights ({in_short(error)})",
             "whole .safetensors files",
             "copy or download the model again",
         )
-    if not folder.exists():
-        found = f"nothing at {path}"
-    elif not folder.is_dir():
-        found = f"{path}, which is no folder"
-    elif not any((folder / name).exists() for name in ("config.json", "modules.json")):
-        found = f"{path}, a folder without config.json and modules.json"
-    elif "mismatched_sizes" in str(error):
-        found = f"{path}, where weights have other shapes than config.json says"
-    else:
-        found = f"{path}, which cannot be loaded ({in_short(error)})"
+    try:
+        found = _what_is_there(Path(path)) or f"which cannot be loaded ({in_short(error)})"
+    except OSError as closed:
+        found = f"which cannot be read ({closed.strerror})"
+    if "mismatched_sizes" in str(error):
+        found = "where weights have other shapes than config.json says"
     return VerticalChunkingError(
-        found, "the folder of a model that SentenceTransformer.save wrote", "give --model such one"
+        f"{path}, {found}",
+        "the folder of a model that SentenceTransformer.save wrote",
+        "give --model such a folder",
     )
+
+
+def _what_is_there(path: Path) -> str | None:
+    """Why this cannot be the folder of a model; None if it can."""
+    if not path.exists():
+        return "where nothing is"
+    if not path.is_dir():
+        return "which is no folder"
+    if not any((path / name).exists() for name in ("config.json", "modules.json")):
+        return "a folder without config.json and modules.json"
+    return None
 
 
 def _try(model: SentenceTransformer, path: str) -> None:

@@ -656,6 +656,7 @@ def test_every_problem_is_one_line_and_the_rest_is_embedded(model):
 def test_unreadable_files_and_folders_are_named(model, monkeypatch):
     write("docs/a.txt", "a")
     write("docs/denied.txt", "b")
+    write("denied.txt", "named itself")
     write("docs/closed/c.txt", "c")
 
     def denying(original):
@@ -669,10 +670,16 @@ def test_unreadable_files_and_folders_are_named(model, monkeypatch):
 
     monkeypatch.setattr(Path, "open", denying(Path.open))
     monkeypatch.setattr(os, "scandir", denying(os.scandir))
-    result = embed("docs", "--model", model, status=1)
+    monkeypatch.setattr(os, "access", lambda *args, **kwargs: False)
+    result = embed("docs", "denied.txt", "--model", model, status=1)
     assert ids() == ["docs/a.txt"]
     reason = "found that it cannot be read (Permission denied), needed a readable file"
-    expected = [f"docs/closed: {reason}", f"docs/denied.txt: {reason}", "Not embedded: 2"]
+    expected = [
+        f"docs/closed: {reason}",
+        f"docs/denied.txt: {reason}",
+        f"denied.txt: {reason}",
+        "Not embedded: 3",
+    ]
     for line, start in zip(complaints(result), expected, strict=True):
         assert line.startswith(start)
 
@@ -765,7 +772,7 @@ def test_a_model_that_is_none(tmp_path):
     write("a.txt", "text")
     (tmp_path / "folder").mkdir()
     args = ["a.txt", "--model"]
-    assert "nothing at missing" in refusal(*args, "missing")
+    assert "missing, where nothing is" in refusal(*args, "missing")
     assert "a.txt, which is no folder" in refusal(*args, "a.txt")
     assert "a folder without config.json" in refusal(*args, "folder")
 
@@ -954,6 +961,37 @@ def test_a_disk_that_becomes_full_at_the_end_keeps_the_rows_and_leaves_no_rest(m
     monkeypatch.setattr(os, "fsync", original)
     assert "0 documents" in embed(*args).stdout
     assert ids() == names
+
+
+def test_a_model_whose_folder_is_closed(model, monkeypatch):
+    names = write_texts(9)
+    original = Path.exists
+
+    def exists(path, **kwargs):
+        if path.name == "config.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, **kwargs)
+
+    def load(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", model)
+
+    monkeypatch.setattr(_loading, "SentenceTransformer", load)
+    monkeypatch.setattr(Path, "exists", exists)
+    assert f"{model}, which cannot be read (Permission denied)" in refusal(*names, "--model", model)
+
+
+def test_a_name_of_an_output_that_is_not_utf8():
+    result = run("embed", "a.txt", "--output", os.fsdecode(b"o\xff.parquet"), status=2)
+    assert "is not UTF-8" in " ".join(result.stderr.split())
+
+
+def test_a_closed_stdout_does_not_matter(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        _embed._say("1 documents")
+    # Nor does it when Python closes it.
 
 
 def test_an_output_whose_folder_cannot_be_looked_into(monkeypatch):
