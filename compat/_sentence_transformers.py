@@ -36,7 +36,9 @@ from compat._stored_default import (
     hook_get_model_config,
     hook_of_others,
     hook_parse_model_config,
+    in_training,
     set_default,
+    warn_of_whole_texts,
 )
 
 if TYPE_CHECKING:
@@ -104,6 +106,7 @@ class _Run:
 
 
 _encoding: ContextVar[bool] = ContextVar("compat_encoding", default=False)
+_inferring: ContextVar[bool] = ContextVar("compat_inferring", default=False)
 _run: ContextVar[_Run | None] = ContextVar("compat_run", default=None)
 
 
@@ -159,6 +162,7 @@ def plan() -> list[Patch]:
     hooks: dict[type, dict[str, Callable[[Any], Callable[..., Any]]]] = {
         SentenceTransformer: {
             "encode": _encode,
+            "forward": _forward,
             "get_model_kwargs": _get_model_kwargs,
             "_inference": _inference,
             "_multi_process": _multi_process,
@@ -288,10 +292,11 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         kwargs["output_value"] = output_value
         size, task = kwargs.get(KEYWORD), kwargs.get("task")
-        if size is None:
-            return original(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
         cuts = Cuts()
         with ExitStack() as stack:
+            stack.enter_context(_set(_inferring, True))
+            if size is None:
+                return original(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
             if not reads_by_itself(self, task):
                 del kwargs[KEYWORD]
                 pooled = output_value == "sentence_embedding"
@@ -309,6 +314,49 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
         return outputs
 
     return _inference
+
+
+def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
+        size = kwargs.get(KEYWORD)
+        if size is None and torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        if _inferring.get():
+            return original(self, *args, **kwargs)
+        features = args[0] if args else kwargs["input"]
+        task = kwargs.get("task", features.get("task"))
+        if size is None:
+            warn_of_whole_texts(self, features)
+        if size is None or reads_by_itself(self, task):
+            return original(self, *args, **kwargs)
+        del kwargs[KEYWORD]
+        _check_forward(self, features)
+        check_modules(self, True, task)
+        with (
+            _held(),
+            _progress.opened(0, show=False) as bar,
+            _set(_inferring, True),
+            _set(_run, _Run(check_chunk_size(size), True, bar)),
+        ):
+            return original(self, *args, **kwargs)
+
+    return forward
+
+
+def _check_forward(model: SentenceTransformer, features: Features) -> None:
+    """Refuse a call of the model that chunks cannot serve."""
+    if in_training(model):
+        raise UnsupportedPipelineError(
+            f"{KEYWORD} in a call of a model in training mode",
+            "a model in eval mode: chunks carry no gradient",
+            f"call model.eval() first, or leave {KEYWORD} out",
+        )
+    for row, mask in enumerate(features.get("attention_mask", ())):
+        if not mask.any():
+            raise ValueError(
+                f"Row {row} of attention_mask has no token: there is nothing to embed."
+            )
 
 
 def _multi_process(original: Callable[..., Any]) -> Callable[..., Any]:

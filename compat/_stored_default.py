@@ -10,12 +10,15 @@ import functools
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from compat._chunks import check_chunk_size
 from compat._own_chunks import KEYWORD
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+_told: WeakSet[Any] = WeakSet()
 
 
 def get_default(model: SentenceTransformer) -> int | None:
@@ -68,3 +71,29 @@ def hook_of_others(original: Callable[..., Any]) -> Callable[..., Any]:
             )
 
     return _parse_model_config
+
+
+def in_training(model: SentenceTransformer) -> bool:
+    """Whether a call of the model is to give gradients; when it has been loaded, it is not."""
+    # The encoder's own flag is set from the start.
+    backbone = model.transformers_model
+    return model.training and (backbone is None or backbone.training)
+
+
+def warn_of_whole_texts(model: SentenceTransformer, features: Any) -> None:
+    """Warn, once for each model, that a call of its forward does not follow its default.
+
+    Where a gradient is to come, or all texts are within one chunk, there is nothing to warn of.
+    """
+    default, ids = get_default(model), features.get("input_ids")
+    if default is None or in_training(model) or model in _told or ids is None:
+        return
+    if (longest := ids.shape[-1]) > default:
+        _told.add(model)
+        warnings.warn(
+            f"This {type(model).__name__} has {KEYWORD}={default}, which encode follows, and a "
+            f"call of the model does not: it reads texts of {longest} tokens at once, in memory "
+            "that grows with them. Call encode, or pass the size: "
+            f"model(features, {KEYWORD}={default}).",
+            stacklevel=3,
+        )

@@ -1,6 +1,7 @@
 """A model carries its own vertical chunk size: in memory, on disk, with hooks on and off."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,108 @@ def test_a_default_that_the_hooks_cannot_serve_is_said_to_be_ignored(model, tmp_
     compat.enable_vertical_chunking()
     with pytest.warns(UserWarning, match="MultiVectorEncoder is stored with vertical_chunk_size=8"):
         MultiVectorEncoder(str(folder), device="cpu")
+
+
+# Callers of the model itself, and not of its encode.
+
+METHODS = ["encode", "encode_query", "encode_document"]
+
+
+@released_only
+@pytest.mark.parametrize("call", ["__call__", "forward"])
+def test_a_call_of_the_model_that_does_not_follow_the_default_is_told_once(model, call):
+    compat.enable_vertical_chunking()
+    model.vertical_chunk_size = 8
+    features = model.preprocess(TEXTS)
+    with pytest.warns(UserWarning, match=r"vertical_chunk_size=8.* 20 tokens at once.*encode"):
+        getattr(model, call)({**features})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(model, call)({**features})
+    # Another model is told as well.
+    other = SentenceTransformer(modules=list(model.children()), device="cpu")
+    other.vertical_chunk_size = 10
+    with pytest.warns(UserWarning, match="vertical_chunk_size=10"):
+        other(input={**features})
+
+
+@released_only
+def test_a_call_of_the_model_is_not_told_where_there_is_nothing_to_tell(model):
+    compat.enable_vertical_chunking()
+    features = model.preprocess(TEXTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model({**features})  # No default.
+        model.vertical_chunk_size = 20
+        model({**features})  # One chunk.
+        model.vertical_chunk_size = 8
+        for method in METHODS:
+            getattr(model, method)(TEXTS)
+        model.train()
+        model({**features})["sentence_embedding"].sum().backward()
+        model.eval()
+        compat.disable_vertical_chunking()
+        model({**features})
+
+
+@released_only
+def test_a_worker_is_not_told_of_a_default_that_its_caller_has_given_up(model, capfd):
+    """The worker's copy of the model has it still."""
+    model.vertical_chunk_size = 8
+    pool = model.start_multi_process_pool(["cpu"])
+    try:
+        with compat.vertical_chunking():
+            model.encode(TEXTS, pool=pool)  # Brings the hooks along.
+            model.vertical_chunk_size = None
+            model.encode(TEXTS, pool=pool)
+    finally:
+        model.stop_multi_process_pool(pool)
+    assert "at once" not in capfd.readouterr().err
+
+
+@released_only
+@pytest.mark.parametrize("call", ["__call__", "forward"])
+def test_a_call_of_the_model_takes_the_size(model, call):
+    full = model.encode(TEXTS)
+    compat.enable_vertical_chunking()
+    model.vertical_chunk_size = 8
+    widths = record_widths(model)
+    features = model.preprocess(TEXTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = getattr(model, call)(features, vertical_chunk_size=10)["sentence_embedding"]
+    assert widths == [10, 10]
+    np.testing.assert_allclose(found, full, rtol=0, atol=CHUNKED[torch.float32])
+
+
+@released_only
+def test_a_call_of_the_model_with_a_size_that_cannot_be_served_is_refused(model):
+    compat.enable_vertical_chunking()
+    features = model.preprocess(TEXTS)
+    with pytest.raises(ValueError, match="at least 1"):
+        model({**features}, vertical_chunk_size=0)
+    empty = {**features, "attention_mask": features["attention_mask"].clone()}
+    empty["attention_mask"][1] = 0
+    with pytest.raises(ValueError, match="Row 1 of attention_mask has no token"):
+        model(empty, vertical_chunk_size=8)
+    model.train()
+    with pytest.raises(compat.UnsupportedPipelineError, match="training"):
+        model({**features}, vertical_chunk_size=8)
+
+
+@released_only
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_compiled_call_of_the_model_is_what_it_was(model):
+    """The eager backend traces everything, and compiles nothing."""
+    features = model.preprocess(TEXTS)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        released = model({**features})["sentence_embedding"]
+        compat.enable_vertical_chunking()
+        with compat.ops.using("released"):
+            found = model({**features})["sentence_embedding"]
+    torch.testing.assert_close(found, released, rtol=0, atol=0)
+    full = model.encode(TEXTS)
+    np.testing.assert_allclose(
+        model.encode(TEXTS, vertical_chunk_size=8), full, rtol=0, atol=CHUNKED[torch.float32]
+    )
