@@ -82,7 +82,7 @@ def compare(
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            stack.callback(process.wait)
+            stack.enter_context(process)
             stack.callback(process.kill)
             return process
 
