@@ -219,8 +219,14 @@ def _failure(error: Exception, output: Path) -> typer.Exit:
 
 
 def _explained(error: Exception, output: Path) -> VerticalChunkingError:
-    from compat._loading import in_short, is_of_memory, too_little_memory
-
+    try:
+        from compat._loading import in_short, is_of_memory, too_little_memory
+    except Exception:
+        return VerticalChunkingError(
+            f"libraries that cannot be imported ({type(error).__name__}: {error})",
+            "whole libraries, and the memory to load them",
+            "free some memory, or install them again",
+        )
     if is_of_memory(error):
         return too_little_memory()
     if isinstance(error, OSError):

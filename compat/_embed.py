@@ -237,7 +237,7 @@ def _embed_texts(
             yield Problem(doc.where, what)
     with warnings.catch_warnings():
         # What is cut here is meant to be.
-        warnings.filterwarnings("ignore", ".*max_seq_length")
+        warnings.filterwarnings("ignore", ".*(max_seq_length|longer than the limit)")
         vectors = model.encode_document(
             [doc.text for doc, _ in todo],
             prompt=limit.prompt,

@@ -1056,6 +1056,14 @@ def test_help_names_every_option():
         assert word in text
 
 
+def test_libraries_that_cannot_be_imported(monkeypatch):
+    for name in ("_embed", "_loading"):
+        monkeypatch.setitem(sys.modules, f"compat.{name}", None)
+    monkeypatch.delattr(compat, "_embed")
+    line = refusal(*write_texts(9))
+    assert "Found: libraries that cannot be imported (ModuleNotFoundError: " in line
+
+
 def test_without_typer_the_remedy_is_named():
     code = """
 import runpy, sys
