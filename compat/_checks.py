@@ -142,10 +142,11 @@ def _check_until_pooling(modules: list[Any]) -> None:
 
 def check_features(module: Transformer, features: dict[str, Any]) -> None:
     """Refuse inputs that the model would read and that cannot be cut into chunks."""
-    declared = set(inspect.signature(module.model.forward).parameters)
+    backbone, _ = backbone_of(module.model)
+    declared = set(inspect.signature(backbone.forward).parameters)
     if extra := sorted((set(features) & declared) - _IGNORED_FEATURES):
         raise UnsupportedPipelineError(
-            f"the inputs {extra} for {type(module.model).__name__}",
+            f"the inputs {extra} for {type(backbone).__name__}",
             "input_ids and attention_mask alone, of shape (batch, seqlen)",
             "encode without vertical_chunk_size",
         )

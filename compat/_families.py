@@ -17,6 +17,7 @@ from compat._patches import Held
 from compat._recurrent_gemma import RecurrentGemma
 from compat._registry import MODELS, UNSUPPORTED, look_up
 from compat._rwkv import Rwkv
+from compat._wrapped import unwrapped
 from compat._xlstm import XLstm
 from compat.ops._waiting import wait_asleep
 
@@ -48,13 +49,14 @@ def family_patches() -> list[Held]:
 
 
 def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
-    """The model without its head, and the way its state is carried.
+    """The model without its head and wrappers, and the way its state is carried.
 
     Raises:
         UnsupportedModelError: The model is not a transformers model, its type is not one that is
             known to continue exactly from its state, it does not do so when it is asked, or its
             state is turned off.
     """
+    model = unwrapped(model)
     if _xlstm_large.is_xlstm_large(model):
         return model, _xlstm_large.family_of(model)
     # Before the registry: fla has models of the same names.

@@ -300,6 +300,7 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
             if not reads_by_itself(self, task):
                 del kwargs[KEYWORD]
                 pooled = output_value == "sentence_embedding"
+                self.eval()  # As it is run: with dropout some models would be taken for inexact.
                 check_modules(self, pooled, task)
                 check_inputs(self, inputs, kwargs.get("prompt"), task)
                 chars = sum(map(self._input_length, inputs))
@@ -364,8 +365,10 @@ def _multi_process(original: Callable[..., Any]) -> Callable[..., Any]:
     def _multi_process(self: SentenceTransformer, inputs: list[Any], **kwargs: Any) -> Any:
         if isinstance(kwargs.get(KEYWORD), _Size):
             # The workers check their shares too, but the indices there say nothing to the caller.
-            check_modules(self, kwargs["output_value"] == "sentence_embedding", kwargs.get("task"))
-            check_inputs(self, inputs, kwargs.get("prompt"), kwargs.get("task"))
+            pooled, task = kwargs["output_value"] == "sentence_embedding", kwargs.get("task")
+            self.eval()
+            check_modules(self, pooled, task)
+            check_inputs(self, inputs, kwargs.get("prompt"), task)
             kwargs[KEYWORD] = _Share(kwargs[KEYWORD])
         return original(self, inputs, **kwargs)
 
