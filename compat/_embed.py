@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 import compat
 from compat import _progress
+from compat._cuts import CutTextWarning
 from compat._documents import Document, Note, Problem, read_documents
 from compat._errors import VerticalChunkingError
 from compat._limits import Limit
@@ -237,7 +238,7 @@ def _embed_texts(
             yield Problem(doc.where, what)
     with warnings.catch_warnings():
         # What is cut here is meant to be.
-        warnings.filterwarnings("ignore", ".*(max_seq_length|longer than the limit)")
+        warnings.simplefilter("ignore", CutTextWarning)
         vectors = model.encode_document(
             [doc.text for doc, _ in todo],
             prompt=limit.prompt,
