@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compat import _tiny, ops
-from compat._behaviour import shielded
+from compat._behaviour import in_eval_mode, shielded
 from compat._errors import UnsupportedModelError, VerticalChunkingError
 from compat._family import Family
 
@@ -105,10 +105,7 @@ def _ask(
     if tiny is not None:
         _classes[key] = reason = _why_not(tiny, family)
     else:
-        reason = _why_not(backbone, family)
-        if reason and backbone.training:
-            reason += ", in training mode, with its dropout; call model.eval() first"
-        _models[backbone] = made_of, reason
+        _models[backbone] = made_of, (reason := _why_not(backbone, family))
     return reason
 
 
@@ -154,7 +151,7 @@ def _tiny_of(backbone: PreTrainedModel) -> PreTrainedModel | None:
 def _why_not(model: PreTrainedModel, family: Family) -> str:
     """In which way a model is not exact in chunks; empty where it is."""
     device = torch.device("cpu") if model.device.type == "meta" else model.device
-    with shielded(), device:
+    with shielded(), device, in_eval_mode(model):
         vocabulary = cast(Any, model.get_input_embeddings()).weight.shape[0]
         shape = (len(_LENGTHS), max(_LENGTHS))
         generator = torch.Generator("cpu").manual_seed(0)

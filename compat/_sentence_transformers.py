@@ -5,7 +5,7 @@
                                                   -> Pooling: the sentence embedding
 
 The size travels as a keyword argument of the library's own `_inference`, so it reaches the workers
-of a pool and the ranks of a distributed evaluation too; `_Size` brings the hooks along.
+of a pool and the ranks of a distributed evaluation too; `Size` brings the hooks along.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from compat._families import backbone_of
 from compat._own_chunks import KEYWORD, for_preprocess, reads_by_itself
 from compat._patches import Patch
 from compat._pooling import Chunk, TokenStream
+from compat._size import Share, Size, encoding
 from compat._stored_default import (
     get_default,
     hook_get_model_config,
@@ -48,28 +49,6 @@ if TYPE_CHECKING:
 
 Features = dict[str, Any]
 T = TypeVar("T")
-
-
-class _Size(int):
-    """A vertical chunk size that turns the hooks on in the process that unpickles it.
-
-    Without it a worker process would take the argument, ignore it, and read the whole text at once.
-    """
-
-    def __reduce__(self) -> tuple[Callable[..., _Size], tuple[type[_Size], int]]:
-        return _receive, (type(self), int(self))
-
-
-class _Share(_Size):
-    """The size with a worker's share of the texts, which asks for word of what was cut."""
-
-
-def _receive(kind: type[_Size], size: int) -> _Size:
-    from compat._hooks import enable_vertical_chunking
-
-    if not _encoding.get():  # Else the running call holds the hooks, and they end with it.
-        enable_vertical_chunking()
-    return kind(size)
 
 
 @dataclass
@@ -105,7 +84,6 @@ class _Run:
             self.move(tokens, total)
 
 
-_encoding: ContextVar[bool] = ContextVar("compat_encoding", default=False)
 _inferring: ContextVar[bool] = ContextVar("compat_inferring", default=False)
 _run: ContextVar[_Run | None] = ContextVar("compat_run", default=None)
 
@@ -229,9 +207,9 @@ def _encode(original: Callable[..., Any]) -> Callable[..., Any]:
         if size is None:
             del kwargs[KEYWORD]
             return original(self, *args, **kwargs)
-        kwargs[KEYWORD] = _Size(check_chunk_size(size))
+        kwargs[KEYWORD] = Size(check_chunk_size(size))
         # Another thread may take the hooks out while this call runs, or before it has begun.
-        with _held(), _set(_encoding, True), told_once(self, task):
+        with _held(), _set(encoding, True), told_once(self, task):
             return original(self, *args, **kwargs)
 
     signature = inspect.signature(original)
@@ -275,7 +253,7 @@ def _get_model_kwargs(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_model_kwargs(self: SentenceTransformer) -> list[str]:
         names: list[str] = original(self)
         # Only for `encode` itself: to everybody else the model's own arguments are what they were.
-        return [*names, KEYWORD] if _encoding.get() and KEYWORD not in names else names
+        return [*names, KEYWORD] if encoding.get() and KEYWORD not in names else names
 
     return get_model_kwargs
 
@@ -309,7 +287,7 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
                 stack.enter_context(_set(_run, _Run(int(size), pooled, bar)))
             stack.enter_context(_set(counting, cuts))
             outputs = original(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
-        if isinstance(size, _Share):
+        if isinstance(size, Share):
             return cuts.beside(outputs)
         cuts.tell(self, task)
         return outputs
@@ -363,13 +341,13 @@ def _check_forward(model: SentenceTransformer, features: Features) -> None:
 def _multi_process(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _multi_process(self: SentenceTransformer, inputs: list[Any], **kwargs: Any) -> Any:
-        if isinstance(kwargs.get(KEYWORD), _Size):
+        if isinstance(kwargs.get(KEYWORD), Size):
             # The workers check their shares too, but the indices there say nothing to the caller.
             pooled, task = kwargs["output_value"] == "sentence_embedding", kwargs.get("task")
             self.eval()
             check_modules(self, pooled, task)
             check_inputs(self, inputs, kwargs.get("prompt"), task)
-            kwargs[KEYWORD] = _Share(kwargs[KEYWORD])
+            kwargs[KEYWORD] = Share(kwargs[KEYWORD])
         return original(self, inputs, **kwargs)
 
     return _multi_process

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from compat._behaviour import shielded
+from compat._behaviour import in_eval_mode, shielded
 from compat._errors import UnsupportedModelError
 
 # They run the same layers on the same tokens, of which a GPU may sum up some in another order.
@@ -103,7 +101,7 @@ def _difference(wrapper: nn.Module, inner: Any) -> str:
     vocabulary = inner.get_input_embeddings().weight.shape[0]
     generator = torch.Generator("cpu").manual_seed(0)
     # Nothing is compiled for the sake of this.
-    with shielded(), _in_eval_mode(wrapper), torch.compiler.set_stance("force_eager"):
+    with shielded(), in_eval_mode(wrapper), torch.compiler.set_stance("force_eager"):
         ids = torch.randint(3, vocabulary, (2, 12), generator=generator).to(device)
         try:
             found, wanted = (
@@ -118,18 +116,6 @@ def _difference(wrapper: nn.Module, inner: Any) -> str:
     scale = float(wanted.abs().max())
     same = difference <= _TOLERANCES.get(dtype, _TOLERANCE) * scale
     return "" if same else f"differs by {difference:.1g} from the model in it"
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and back on in the modules in which it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _require_no_hooks(wrapper: nn.Module, remedy: str) -> None:

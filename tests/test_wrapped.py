@@ -274,6 +274,7 @@ def test_inputs_that_cannot_be_cut_are_seen_behind_a_wrapper(model):
         model.encode(TEXTS, vertical_chunk_size=8)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's, of transformers.
 @pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION"])
 def test_peft_itself(tmp_path, task_type):
     peft = pytest.importorskip("peft")
