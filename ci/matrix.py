@@ -73,6 +73,9 @@ def environment(transformers: str, sentence_transformers: str) -> Path:
             f"torch=={version('torch').partition('+')[0]}",
         ]
         subprocess.run([python, *command.split(), *releases], check=True)
+        # Its own, also where the environment around it has the same ones now: those may move.
+        own_ones = ["--no-deps", "--ignore-installed", *releases[:2]]
+        subprocess.run([python, *command.split(), *own_ones], check=True)
         ready.touch()
     return python
 

@@ -47,10 +47,11 @@ class Family:
         if "position_ids" in parameters(forward):
             positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
             extra["position_ids"] = positions.expand(len(input_ids), -1)
-        before = _states(state)
+        # A kernel for single tokens may write where none can see it, and so may compiled code.
+        seen = input_ids.shape[1] > 1 and not torch.compiler.is_compiling()
+        before = _states(state) if seen else []
         output = backbone(input_ids=input_ids, use_cache=True, return_dict=True, **extra)
-        if input_ids.shape[1] > 1:  # A kernel for single tokens may write where none can see it.
-            _require_written(backbone, before, _states(state_of(output)))
+        _require_written(backbone, before, _states(state_of(output)) if before else [])
         return output.last_hidden_state, state_of(output)
 
     def select_rows(self, state: Any, rows: Tensor) -> Any:
@@ -61,28 +62,37 @@ class Family:
         return state
 
 
-def _states(cache: Any) -> list[list[tuple[Tensor, int]]]:
-    """The recurrent layers' states in a cache, and how often each tensor was written to."""
+_State = tuple[Tensor, int, Tensor]
+"""A tensor, how often it was written to, and some of its numbers."""
+
+
+def _states(cache: Any) -> list[list[_State]]:
+    """The states of the recurrent layers in a cache."""
     found = []
     for layer in getattr(cache, "layers", ()):
         held: list[Any] = [getattr(layer, name, ()) for name in ("conv_states", "recurrent_states")]
         parts = [part for states in held for part in getattr(states, "values", states.__iter__)()]
-        found.append([(part, part._version) for part in parts if isinstance(part, Tensor)])
+        found.append([_seen(part) for part in parts if isinstance(part, Tensor)])
     return found
 
 
+def _seen(part: Tensor) -> _State:
+    return part, part._version, part.detach()[..., -1:].flatten()[-64:].clone()
+
+
 def _require_written(
-    backbone: PreTrainedModel,
-    before: list[list[tuple[Tensor, int]]],
-    after: list[list[tuple[Tensor, int]]],
+    backbone: PreTrainedModel, before: list[list[_State]], after: list[list[_State]]
 ) -> None:
     """Raise where a layer that had a state has given none, whatever the cause."""
     for index, (old, new) in enumerate(zip(before, after, strict=False)):
-        same = [a is b and written == m for (a, written), (b, m) in zip(old, new, strict=False)]
-        if old and all(same):
+        if old and all(map(_is_same, old, new)):
             raise UnsupportedModelError(
                 f"a {type(backbone).__name__} whose layer {index} gave no state after a chunk",
                 "layers that take their state from the cache, and give it",
                 "take what replaces the layer's forward off the model, or encode it without "
                 "vertical_chunk_size",
             )
+
+
+def _is_same(old: _State, new: _State) -> bool:
+    return old[0] is new[0] and old[1] == new[1] and torch.equal(old[2], new[2])

@@ -278,7 +278,6 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
             if not reads_by_itself(self, task):
                 del kwargs[KEYWORD]
                 pooled = output_value == "sentence_embedding"
-                self.eval()  # As it is run: with dropout some models would be taken for inexact.
                 check_modules(self, pooled, task)
                 check_inputs(self, inputs, kwargs.get("prompt"), task)
                 chars = sum(map(self._input_length, inputs))
@@ -344,7 +343,6 @@ def _multi_process(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(kwargs.get(KEYWORD), Size):
             # The workers check their shares too, but the indices there say nothing to the caller.
             pooled, task = kwargs["output_value"] == "sentence_embedding", kwargs.get("task")
-            self.eval()
             check_modules(self, pooled, task)
             check_inputs(self, inputs, kwargs.get("prompt"), task)
             kwargs[KEYWORD] = Share(kwargs[KEYWORD])
