@@ -109,8 +109,9 @@ def hooks() -> str:
     attributes: Any = importlib.import_module("test_hooks").attributes
     compat.disable_vertical_chunking()
     before = attributes()
-    with compat.vertical_chunking() as report:
-        absent = [library.library for library in report.libraries if library.state == "absent"]
+    report = compat.enable_vertical_chunking()
+    absent = [library.library for library in report.libraries if library.state == "absent"]
+    compat.disable_vertical_chunking()
     after = attributes()
     changed = [key for key in before | after if before.get(key) != after.get(key)]
     if absent:

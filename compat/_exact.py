@@ -71,7 +71,7 @@ def require_exact(backbone: PreTrainedModel, family: Family) -> None:
     _require_independence(backbone)
     key = (type(backbone), backbone.device.type, ops.backend())
     own = _is_own(backbone)
-    made_of = None if own else (_parts(backbone), *key)
+    made_of: object = key if own else (_parts(backbone), *key)
     known, reason = _models.get(backbone, (made_of, None))
     if known != made_of or reason is None:
         reason = _classes.get(key) if own else None
