@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ._families import backbone_of
 from ._family import Family
 from ._pooling import Chunk, StreamingPooling
-from ._registry import check_positions
+from ._rope import settled
 from ._transformers import require_support
 
 Window = tuple[int, int]
@@ -171,7 +171,6 @@ def stream(
     Yields:
         A `Chunk` for each batch of `batches` and each part that it reaches, batch after batch.
     """
-    check_positions(backbone, int(lengths.max()))
     for rows in batches(lengths, parts):
         yield from _run(backbone, family, input_ids, lengths, parts, rows)
 
@@ -200,7 +199,8 @@ def _run(
             if state is not None:
                 state = family.select_rows(state, alive)
         tokens = input_ids[rows, start : _stop(start, end, longest)]
-        hidden, state = family.forward(backbone, tokens, start, state)
+        with settled(backbone, lengths[rows]):
+            hidden, state = family.forward(backbone, tokens, start, state)
         yield Chunk(start, rows, (lengths[rows] - start).clamp(max=end - start), hidden)
         del hidden  # The next chunk's hidden states must not come on top of this one's.
 
@@ -267,7 +267,6 @@ def iter_chunks(
     first, lengths = spans(attention_mask)
     if not int(lengths.max()):
         raise ValueError("attention_mask is zero everywhere: there is no token to read.")
-    check_positions(backbone, int(lengths.max()))
     return _iter_columns(backbone, family, input_ids, first, lengths, size)
 
 

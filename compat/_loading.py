@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel
 
 import compat
 from compat._default_model import WEIGHTS_LABEL, load_default_model
 from compat._errors import UnsupportedModelError, VerticalChunkingError
+from compat._patches import Held
 
 WORD = "word"
 
@@ -29,7 +33,8 @@ def load_model(path: str | None, dtype: str, device: str | None) -> SentenceTran
         if path is None:
             model = load_default_model(device=device, model_kwargs=kwargs)
         else:
-            model = SentenceTransformer(path, device=device, model_kwargs=kwargs)
+            with _weights_that_lack(path):
+                model = SentenceTransformer(path, device=device, model_kwargs=kwargs)
     except VerticalChunkingError:
         raise
     except Exception as error:
@@ -111,6 +116,32 @@ def _not_loaded(path: str, error: Exception) -> VerticalChunkingError:
         "the folder of a model that SentenceTransformer.save wrote",
         "give --model such a folder",
     )
+
+
+@contextmanager
+def _weights_that_lack(path: str) -> Iterator[None]:
+    """Raise where a file lacks weights, which the release fills with random numbers and a warning.
+
+    Raises:
+        VerticalChunkingError: Naming some of them.
+    """
+    released: Any = vars(PreTrainedModel)["from_pretrained"].__func__
+    missing: set[str] = set()
+
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        model, info = released(cls, *args, **kwargs | {"output_loading_info": True})
+        missing.update(info["missing_keys"])
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    with Held(lambda: [(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))]):
+        yield
+    if missing:
+        some = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+        raise VerticalChunkingError(
+            f"{path}, whose files lack {len(missing)} of the model's weights ({some})",
+            "all weights: the model would embed with random numbers in their place",
+            "copy or download the model again, or save it again",
+        )
 
 
 def _what_is_there(path: Path) -> str | None:

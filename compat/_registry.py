@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 from transformers import PreTrainedModel
 
@@ -72,36 +72,6 @@ UNSUPPORTED: dict[str, str] = {
     "qwen3_5_moe": _TEXT_MODEL.format("qwen3_5_moe_text"),
     "qwen4_exp": _TEXT_MODEL.format("qwen4_exp_text"),
 }
-
-
-def check_positions(backbone: PreTrainedModel, longest: int) -> None:
-    """Raise where a text is so long that its positions are turned by its own length.
-
-    With the rotary embeddings "dynamic" and "longrope" the base follows the length of a call, from
-    the length on that the model was trained for: a chunk would be turned otherwise than the text.
-
-    Args:
-        backbone: The model without its head.
-        longest: Tokens of the longest text.
-
-    Raises:
-        UnsupportedModelError: It has one of these, and the text reaches that length.
-    """
-    config = backbone.config
-    for name in ("rope_parameters", "rope_scaling"):
-        setting = getattr(config, name, None) or {}
-        nested = [value for value in setting.values() if isinstance(value, dict)]
-        for rope in [setting, *nested]:  # By type of layer, in some.
-            kind = str(rope.get("rope_type", rope.get("type")))
-            known = rope.get("original_max_position_embeddings")
-            limit: Any = known or getattr(config, "max_position_embeddings", 0)
-            if ("dynamic" in kind or kind == "longrope") and longest >= limit:
-                raise UnsupportedModelError(
-                    f"a text of {longest} tokens for a {config.model_type} with {name} of type "
-                    f"{kind!r}, whose base depends on the length of a call from {limit} tokens on",
-                    f"texts of fewer than {limit} tokens, or positions of another type",
-                    "encode it without vertical_chunk_size, or split the text yourself",
-                )
 
 
 def look_up(

@@ -20,6 +20,7 @@ import pytest
 import torch
 import tqdm
 from embedders import character_tokenizer, embedder, save_checkpoint, text
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import LayerNorm
 from stack import FORKS
@@ -784,6 +785,15 @@ def test_torn_weights(copy, length):
     assert "copy with broken weights (SafetensorError: " in refusal(
         *write_texts(9), "--model", copy
     )
+
+
+def test_weights_that_a_file_lacks(copy):
+    weights = load_file(copy / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("mixer.D"))
+    del weights[lost]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    said = refusal(*write_texts(9), "--model", copy)
+    assert f"whose files lack 1 of the model's weights ({lost})" in said
 
 
 def test_files_that_a_model_lacks_or_that_are_broken(copy):

@@ -18,8 +18,8 @@ HYBRIDS = [name for name in FAMILIES if REGISTRY[name].grows]
 F32 = torch.float32
 
 
-def chunked(model, ids, size=7):
-    chunks = compat.iter_chunks(model, input_ids=ids, vertical_chunk_size=size)
+def chunked(model, ids, size=7, mask=None):
+    chunks = compat.iter_chunks(model, input_ids=ids, attention_mask=mask, vertical_chunk_size=size)
     return torch.cat([hidden for _, hidden in chunks], 1)
 
 
@@ -258,19 +258,31 @@ def with_rope(model_type, kind, limit):
 
 @pytest.mark.parametrize("kind", ROPE)
 @pytest.mark.parametrize("model_type", HYBRIDS)
-def test_rotary_embeddings_of_any_type_are_exact_or_refused(model_type, kind):
+def test_rotary_embeddings_of_any_type_are_exact(model_type, kind):
     model = with_rope(model_type, kind, limit=16)
     if model is None:
         pytest.skip("it has no rotary embeddings")
-    short, long = tokens(2, 15), tokens(2, 30)
-    assert is_exact(model, short)
-    if kind in ("dynamic", "longrope"):
-        with pytest.raises(compat.UnsupportedModelError, match=kind):
-            chunked(model, long)
-        with pytest.raises(compat.UnsupportedModelError, match="30 tokens"):
-            compat.last_hidden_state(model, input_ids=long, vertical_chunk_size=7)
-    else:
-        assert is_exact(model, long)
+    # A row gives what it gives alone, in a model that has met no other text.
+    rows = [(tokens(1, n), n) for n in (60, 15, 16, 17, 37)]
+    wanted = [whole(with_rope(model_type, kind, limit=16), ids) for ids, _ in rows]
+    batch = torch.zeros(len(rows), 60, dtype=torch.int64)
+    mask = torch.zeros_like(batch)
+    for row, (ids, length) in enumerate(rows):
+        batch[row, :length], mask[row, :length] = ids, 1
+    for size in (7, 60):
+        found = chunked(model, batch, size, mask)
+        for row, (_, length) in enumerate(rows):
+            assert (found[row, :length] - wanted[row]).abs().max() <= CHUNKED[F32]
+
+
+def test_positions_that_follow_the_length_in_an_unknown_way_are_refused():
+    model = with_rope("bamba", "dynamic", limit=16)
+    for module in model.modules():
+        if hasattr(module, "rope_type"):
+            module.rope_type = "default"
+    assert is_exact(model, tokens(2, 15))
+    with pytest.raises(compat.UnsupportedModelError, match="'dynamic'"):
+        chunked(model, tokens(2, 30))
 
 
 # A generator of chunks, across modes and threads.
