@@ -124,7 +124,7 @@ def _fused(case: str, **settings: Any) -> bool:
 def _bamba_without_positions() -> bool:
     import torch
 
-    from compat._transformers import state_argument, state_of
+    from compat.installed.recurrent_cache import state_argument, state_of
 
     families: Any = importlib.import_module("families")
     right: float = importlib.import_module("tolerances").CHUNKED[torch.float32]

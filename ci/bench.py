@@ -40,7 +40,7 @@ from ci.bench_contenders import (
     Timing,
     compete,
 )
-from compat.ops import _native
+from compat.ops import compiled
 
 ALLOWED_SPREAD = 30e6  # Bytes. The tokens themselves, with their mask, are 9 bytes each.
 
@@ -96,7 +96,7 @@ LEFT_OUT = (
 
 def comparisons(sizes: Sizes) -> dict[str, list[list[Contender]]]:
     """The contenders of each process of each comparison."""
-    ours = ["native", "torch"] if _native.library() else ["torch"]
+    ours = ["native", "torch"] if compiled.library() else ["torch"]
     best = ours[0]
 
     def mamba2(dtype: str, released: int) -> list[list[Contender]]:
@@ -212,7 +212,7 @@ def machine(threads: int, smoke: bool) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "native": _native.reason(),
+        "native": compiled.reason(),
         "smoke": smoke,
     }
 

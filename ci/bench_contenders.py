@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 import compat
 from ci.measure import measure
-from compat._transformers import state_argument, state_of
+from compat.installed.recurrent_cache import state_argument, state_of
 from compat.ops import using
 
 FLOOR, NORMS, TRANSFORMER, RELEASED = "floor", "norms", "GPT-NeoX", "released"

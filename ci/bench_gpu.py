@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModel, Mamba2Config, PreTrainedModel
 
 import compat
-from compat import _fused
+from compat.families import mamba2
 
 ROUNDS = 5
 
@@ -71,7 +71,7 @@ def main() -> None:
         compat.last_hidden_state(model, input_ids=ids, vertical_chunk_size=size)
 
     def in_chunks_unfused(ids: torch.Tensor) -> None:
-        with mock.patch.object(_fused, "_has_kernels", return_value=False):
+        with mock.patch.object(mamba2, "_has_kernels", return_value=False):
             in_chunks(ids)
 
     ways: dict[str, Callable[[torch.Tensor], object]] = {

@@ -23,8 +23,8 @@ from tqdm import tqdm
 import compat
 from ci import corpus
 from ci.measure import Measurement, free_bytes, measure
-from compat import _progress
-from compat._default_model import FOLDER, WEIGHTS_LABEL, load_default_model
+from compat.default_model import FOLDER, WEIGHTS_LABEL, load_default_model
+from compat.hooks import progress
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -147,7 +147,7 @@ def embed(
     """Call `encode`, and show a bar; returns (len(texts), hidden_size) float32."""
     characters = sum(map(len, texts))
     bar = tqdm(total=characters, desc=name, unit="char", unit_scale=True, leave=False, disable=None)
-    with bar, _progress.into(bar):
+    with bar, progress.into(bar):
         return model.encode(texts, batch_size=BATCH_SIZE, vertical_chunk_size=vertical_chunk_size)
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import compat
-from compat._families import FAMILIES
+from compat.families.lookup import FAMILIES
 
 TESTS = Path(__file__).parent.parent / "tests"
 SIZES = [7, 7, 7, 7, 7, 1]

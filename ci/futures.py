@@ -55,8 +55,8 @@ NOT_MADE = "not made"
 NOWHERE = "-"  # A mutation that a family has no place for.
 FAULTS = (BROKEN, WRONG, NOT_MADE)
 # What takes long to import, and is not mutated.
-SHARED = ["torch", "transformers.modeling_utils", "transformers.generation", "compat._hooks"]
-SHARED += ["compat._chunks", "sentence_transformers"]
+SHARED = ["torch", "transformers.modeling_utils", "transformers.generation", "compat.hooks.switch"]
+SHARED += ["compat.stream.loop", "sentence_transformers"]
 ENABLED = "after enable"
 SECONDS = 300  # For one mutation of one family; two are usual.
 # The function of compat.ops that does a family's recurrence where compat knows what it is.

@@ -86,7 +86,7 @@ def inside() -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     import compat
-    from compat._families import FAMILIES
+    from compat.families.lookup import FAMILIES
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -119,7 +119,7 @@ def model(name: str) -> str:
 
     import compat
     from ci.families import LEFT_PADDING, NO_PADDING, in_chunks
-    from compat._transformers import require_support
+    from compat.installed.recurrent_cache import require_support
 
     families: Any = importlib.import_module("families")
     try:

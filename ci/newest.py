@@ -124,8 +124,8 @@ def hooks() -> str:
 
 def new_types() -> str:
     """Which recurrent model types of the installed transformers the registry does not know."""
-    from compat._families import FAMILIES
-    from compat._registry import UNSUPPORTED
+    from compat.families.lookup import FAMILIES
+    from compat.families.supported import UNSUPPORTED
 
     found, _ = importlib.import_module("test_registry").recurrent_types()
     new = sorted(found - set(FAMILIES) - set(UNSUPPORTED))
@@ -136,12 +136,12 @@ def new_types() -> str:
 def fast_paths() -> dict[str, str]:
     """For each type that has a fast path on a CPU: right, or why it is not taken."""
     import compat
-    from compat import _fused, _mamba
+    from compat.families import mamba1, mamba2
 
     paths = compat.status().paths
     # A path that the report leaves out is one that nobody knows of, though the model is there.
     left_out = "compat's report does not name it: it is native, or its mixer is called otherwise"
-    found = dict.fromkeys(sorted([*_fused.MIXERS, *_mamba.MIXERS, "rwkv"]), left_out) | paths
+    found = dict.fromkeys(sorted([*mamba2.MIXERS, *mamba1.MIXERS, "rwkv"]), left_out) | paths
     return {name: f"{SLOWER}: {why}" if why else matrix.RIGHT for name, why in found.items()}
 
 

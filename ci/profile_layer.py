@@ -18,7 +18,7 @@ from torch.nn.functional import linear, pad
 from transformers import Mamba2Config, Mamba2Model
 
 from compat import ops
-from compat._families import FAMILIES
+from compat.families.lookup import FAMILIES
 from compat.ops import mamba2
 
 

@@ -17,21 +17,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compat._chunks import iter_chunks, last_hidden_state
-    from compat._errors import (
+    from compat.errors import (
         UnsupportedModelError,
         UnsupportedPipelineError,
         UnsupportedVersionError,
         VerticalChunkingError,
     )
-    from compat._families import supported_models_table
-    from compat._hooks import (
+    from compat.families.lookup import supported_models_table
+    from compat.hooks.report import LibraryStatus, Report
+    from compat.hooks.switch import (
         disable_vertical_chunking,
         enable_vertical_chunking,
         status,
         vertical_chunking,
     )
-    from compat._report import LibraryStatus, Report
+    from compat.stream.loop import iter_chunks, last_hidden_state
 
 __all__ = [
     "LibraryStatus",
@@ -50,21 +50,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "_chunks": ["iter_chunks", "last_hidden_state"],
-    "_errors": [
+    "stream.loop": ["iter_chunks", "last_hidden_state"],
+    "errors": [
         "UnsupportedModelError",
         "UnsupportedPipelineError",
         "UnsupportedVersionError",
         "VerticalChunkingError",
     ],
-    "_families": ["supported_models_table"],
-    "_hooks": [
+    "families.lookup": ["supported_models_table"],
+    "hooks.switch": [
         "disable_vertical_chunking",
         "enable_vertical_chunking",
         "status",
         "vertical_chunking",
     ],
-    "_report": ["LibraryStatus", "Report"],
+    "hooks.report": ["LibraryStatus", "Report"],
 }
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-from compat._errors import VerticalChunkingError
+from compat.errors import VerticalChunkingError
 
 _EXTRA = 'pip install "vertical-chunking[embed]"'
 
@@ -182,7 +182,7 @@ def embed(
     try:
         if find_spec("pyarrow") is None:
             raise VerticalChunkingError("no pyarrow", "pyarrow, for Parquet", _EXTRA)
-        from compat._embed import embed as run
+        from compat.jobs.embed import embed as run
 
         problems = run(
             inputs,
@@ -220,7 +220,7 @@ def _failure(error: Exception, output: Path) -> typer.Exit:
 
 def _explained(error: Exception, output: Path) -> VerticalChunkingError:
     try:
-        from compat._loading import in_short, is_of_memory, too_little_memory
+        from compat.jobs.loading import in_short, is_of_memory, too_little_memory
     except Exception:
         return VerticalChunkingError(
             f"libraries that cannot be imported ({type(error).__name__}: {error})",

@@ -13,7 +13,7 @@ from stack import FORKS
 
 import compat
 import compat.ops
-from compat.ops import _native
+from compat.ops import compiled
 
 if FORKS:
     # Where a test turns the hooks on, the libraries are to do it themselves.
@@ -64,7 +64,7 @@ def model(mamba2_checkpoint):
 @pytest.fixture(params=["torch", "native"])
 def backend(request):
     """What the ops of `compat.ops` run on."""
-    if request.param == "native" and _native.library() is None:
-        pytest.skip(_native.reason())
+    if request.param == "native" and compiled.library() is None:
+        pytest.skip(compiled.reason())
     with compat.ops.using(request.param):
         yield

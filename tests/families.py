@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
-from compat import _tiny
+from compat.families import tiny_models
 
-FAMILIES = [name for name in sorted(_tiny.CONFIGS) if name in CONFIG_MAPPING]
+FAMILIES = [name for name in sorted(tiny_models.CONFIGS) if name in CONFIG_MAPPING]
 """The types of which the installed transformers has a model."""
 
 
@@ -35,12 +35,12 @@ def tiny_model(
         KeyError: If the family is unknown.
         AttributeError: If the config has no attribute of an override's name.
     """
-    config = _tiny.config(model_type)
+    config = tiny_models.config(model_type)
     for name, value in overrides.items():
         if not hasattr(config, name):
             raise AttributeError(f"{type(config).__name__} has no attribute {name!r} to override")
         setattr(config, name, value)
-    model = _tiny.build(config, seed)
+    model = tiny_models.build(config, seed)
     if dtype == torch.float32:
         return model
     weights = model.state_dict()

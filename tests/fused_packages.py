@@ -8,8 +8,9 @@ from types import ModuleType
 import pytest
 from families import tiny_model
 
-from compat import _fused, ops
-from compat._families import FAMILIES, backbone_of
+from compat import ops
+from compat.families import mamba2, mamba2_kernels
+from compat.families.lookup import FAMILIES, backbone_of
 
 TRITON = "mamba_ssm.ops.triton"
 
@@ -35,21 +36,21 @@ def in_place(modules, on_gpu=True):
     With `on_gpu`, tensors on the CPU count as such on a GPU.
     """
     calls = []
-    for model_type in _fused.MIXERS:  # Each is asked once whether it is exact, by runs of its own.
+    for model_type in mamba2.MIXERS:  # Each is asked once whether it is exact, by runs of its own.
         backbone_of(tiny_model(model_type))
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
-        path = _fused.probe.__wrapped__()
+        path = mamba2_kernels.probe.__wrapped__()
 
         def run(*args):
             calls.append(args)
             return path.run(*args)
 
-        probed = _fused.FusedPath(run if path.run else None, path.reason)
-        patch.setattr(_fused, "probe", lambda: probed)
+        probed = mamba2_kernels.FusedPath(run if path.run else None, path.reason)
+        patch.setattr(mamba2_kernels, "probe", lambda: probed)
         if on_gpu:
-            patch.setattr(_fused, "_has_kernels", lambda tensor: True)
+            patch.setattr(mamba2, "_has_kernels", lambda tensor: True)
         yield calls
 
 
@@ -57,7 +58,7 @@ def in_place(modules, on_gpu=True):
 def transformers_own_path():
     """The fused path is not taken."""
     with pytest.MonkeyPatch.context() as patch, ops.using("released"):
-        patch.setattr(_fused, "_has_kernels", lambda tensor: False)
+        patch.setattr(mamba2, "_has_kernels", lambda tensor: False)
         yield
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tolerances import CHUNKED, error
 
 import compat
-from compat._chunks import RUN, batches, windows
-from compat._families import backbone_of
+from compat.families.lookup import backbone_of
+from compat.stream.loop import RUN, batches, windows
 
 
 def cost(lengths, batch, parts):

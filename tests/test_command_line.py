@@ -30,9 +30,11 @@ from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 import compat
-from compat import _documents, _embed, _loading
 from compat.__main__ import app
-from compat._default_model import WEIGHTS_LABEL, load_default_model
+from compat.default_model import WEIGHTS_LABEL, load_default_model
+from compat.jobs import documents as _documents
+from compat.jobs import embed as _embed
+from compat.jobs import loading
 
 ROOT = Path(compat.__file__).parents[1]
 
@@ -856,7 +858,7 @@ def test_no_memory_at_all(model, monkeypatch, error, place):
 
     names = write_texts(9)
     if place == "load":
-        monkeypatch.setattr(_loading, "SentenceTransformer", fail)
+        monkeypatch.setattr(loading, "SentenceTransformer", fail)
     elif place == "word":
         monkeypatch.setattr(SentenceTransformer, "encode_document", fail)
     else:
@@ -985,7 +987,7 @@ def test_a_model_whose_folder_is_closed(model, monkeypatch):
     def load(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", model)
 
-    monkeypatch.setattr(_loading, "SentenceTransformer", load)
+    monkeypatch.setattr(loading, "SentenceTransformer", load)
     monkeypatch.setattr(Path, "exists", exists)
     assert f"{model}, which cannot be read (Permission denied)" in refusal(*names, "--model", model)
 

@@ -12,11 +12,13 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers.utils.deprecation import deprecate_kwarg
 
 import compat
-from compat import _exact, _fused, _mamba, _mamba2_probe, _report, _rwkv, _tiny
-from compat._behaviour import Differs, compare, in_torch, verdict
-from compat._families import backbone_of
-from compat._patches import MixerCall, arguments
-from compat._transformers import forward_of, parameters, state_argument, state_of
+from compat.families import exact, mamba1, mamba2_probe, rwkv4, tiny_models
+from compat.families import mamba2 as _fused
+from compat.families.lookup import backbone_of
+from compat.hooks import report as _report
+from compat.installed.behaviour import Differs, compare, in_torch, verdict
+from compat.installed.patches import MixerCall, arguments
+from compat.installed.recurrent_cache import forward_of, parameters, state_argument, state_of
 
 # Names.
 
@@ -124,21 +126,21 @@ forward = decorated(forward)
 
 PROBES = {
     "mamba2": lambda: (
-        _mamba2_probe.of_mixer.__wrapped__(
+        mamba2_probe.of_mixer.__wrapped__(
             "mamba2",
             modeling_mamba2.Mamba2Mixer,
             modeling_mamba2.Mamba2Mixer.forward,
             _fused._on_torch,
         ).reason
     ),
-    "mamba": lambda: _mamba.differs.__wrapped__(
+    "mamba": lambda: mamba1.differs.__wrapped__(
         __import__("transformers").models.mamba.modeling_mamba.mamba_selective_scan
     ),
-    "rwkv": lambda: _rwkv.differs.__wrapped__(
+    "rwkv": lambda: rwkv4.differs.__wrapped__(
         __import__("transformers").models.rwkv.modeling_rwkv.rwkv_linear_attention
     ),
-    "a family": lambda: _exact._why_not(
-        _tiny.build(_tiny.config("zamba2")), backbone_of(tiny_model("zamba2"))[1]
+    "a family": lambda: exact._why_not(
+        tiny_models.build(tiny_models.config("zamba2")), backbone_of(tiny_model("zamba2"))[1]
     ),
 }
 
@@ -175,7 +177,7 @@ def test_a_probe_says_the_same_in_any_mode_and_leaves_no_trace(probe, mode):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_building_a_tiny_model_draws_from_a_generator_of_its_own(model_type):
     before = torch.get_rng_state()
-    weights = [_tiny.build(_tiny.config(model_type)).state_dict() for _ in range(2)]
+    weights = [tiny_models.build(tiny_models.config(model_type)).state_dict() for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
@@ -186,10 +188,10 @@ def test_building_a_tiny_model_draws_from_a_generator_of_its_own(model_type):
 @pytest.fixture
 def asked_anew(monkeypatch):
     """Each mixer, scan and class of models is asked again in this test."""
-    monkeypatch.setattr(_exact, "_classes", {})
-    _mamba2_probe.of_mixer.cache_clear()
+    monkeypatch.setattr(exact, "_classes", {})
+    mamba2_probe.of_mixer.cache_clear()
     yield
-    _mamba2_probe.of_mixer.cache_clear()
+    mamba2_probe.of_mixer.cache_clear()
 
 
 def chunked(model, ids, size=7):

@@ -11,7 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from test_own_chunks import OwnTransformer
 
 import compat
-from compat._cuts import CutTextWarning
+from compat.hooks.cut_texts import CutTextWarning
 
 METHODS = ["encode", "encode_query", "encode_document"]
 TEXTS = [text(n) for n in (40, 5, 90, 16, 17)]

@@ -9,7 +9,7 @@ from tolerances import COSINE
 import compat
 from ci import corpus
 from ci.measure import measure
-from compat._default_model import FOLDER, load_default_model
+from compat.default_model import FOLDER, load_default_model
 
 END, PAD = 2, 0
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from compat import _formats
-from compat._documents import Document, Note, Problem, read_documents
+from compat.jobs import formats
+from compat.jobs.documents import Document, Note, Problem, read_documents
 
 PACK = {
     "": bytes,
@@ -131,7 +131,7 @@ def test_broken_compression_is_a_problem_of_that_file(suffix, packed):
     assert not any(isinstance(item, Document) and len(item.text) > 5 for item in items)
 
 
-@pytest.mark.parametrize("suffix", sorted(_formats._NEEDED_FOR))
+@pytest.mark.parametrize("suffix", sorted(formats._NEEDED_FOR))
 def test_formats_that_are_no_prose_are_refused_with_what_to_do(suffix):
     write(f"a{suffix.upper()}", json_lines("x"))
     write(f"a{suffix}.gz", gzip.compress(b"x"))
@@ -203,7 +203,7 @@ def test_a_folder_is_searched_for_texts_and_what_else_it_has_is_counted():
     for name in ("a.pdf", "sub/b.pdf", "Makefile", "c.jsonl.gz", "d.jl"):
         write(f"docs/{name}")
     for name in ("a.txt", "sub/b.md", "sub/c.rst.zst"):
-        packed = _formats.suffixes(name)[1]
+        packed = formats.suffixes(name)[1]
         write(f"docs/{name}", PACK[packed](b"prose"))
     found = [item.id for item in read("docs") if isinstance(item, Document)]
     assert found == ["docs/a.txt", "docs/sub/b.md", "docs/sub/c.rst.zst"]

@@ -18,8 +18,9 @@ from transformers.models.jamba.modeling_jamba import mamba_selective_scan as jam
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan as mamba_scan
 
 import compat
-from compat import _mamba, _rwkv, ops
-from compat._families import backbone_of
+from compat import ops
+from compat.families import mamba1, rwkv4
+from compat.families.lookup import backbone_of
 
 FEW = settings().max_examples // 3
 
@@ -111,14 +112,14 @@ def test_a_mamba_scan_begins_from_a_state(scan, dtype, optional, use_softplus, s
     wanted, last = recurrence(**in_dtype(torch.float64, arguments), state=state.double())
     with pytest.MonkeyPatch.context() as patch:
         if scan is kernel:  # Where mamba-ssm is installed, its arithmetic is the kernel's.
-            patch.setattr(_mamba, "find_spec", lambda _: object())
-        token = _mamba._scans.set(_mamba._Scans(None, iter([state]), on_ops=False))
+            patch.setattr(mamba1, "find_spec", lambda _: object())
+        token = mamba1._scans.set(mamba1._Scans(None, iter([state]), on_ops=False))
         try:
             x = arguments.pop("x")
-            from_state = _mamba.with_initial_state(scan)
+            from_state = mamba1.with_initial_state(scan)
             found, found_last = from_state(x, **arguments, return_last_state=True)
         finally:
-            _mamba._scans.reset(token)
+            mamba1._scans.reset(token)
     assert found.dtype == dtype
     assert found_last.dtype == torch.float32
     # Outputs here are sums of up to six products of normal numbers, not of order 1.
@@ -133,14 +134,14 @@ def test_without_a_state_the_scan_is_the_released_one():
         seen.append((args, kwargs))
         return "what it returns"
 
-    assert _mamba.with_initial_state(scan)(1, 2, 3, 4, 5, D=6) == "what it returns"
+    assert mamba1.with_initial_state(scan)(1, 2, 3, 4, 5, D=6) == "what it returns"
     assert seen == [((1, 2, 3, 4, 5), {"D": 6})]
 
 
 # The ops of `compat.ops` in place of loops over tokens.
 
 # What the released module's loop is called.
-LOOPS = dict.fromkeys(_mamba.MIXERS, "mamba_selective_scan") | {"rwkv": "rwkv_linear_attention"}
+LOOPS = dict.fromkeys(mamba1.MIXERS, "mamba_selective_scan") | {"rwkv": "rwkv_linear_attention"}
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def count_loops(monkeypatch):
             return loop(*args, **kwargs)
 
         monkeypatch.setattr(module, name, counted)
-        differs = _rwkv.differs if model_type == "rwkv" else _mamba.differs
+        differs = rwkv4.differs if model_type == "rwkv" else mamba1.differs
         assert not differs(counted)
         backbone_of(tiny_model(model_type))
         calls.clear()
@@ -180,7 +181,7 @@ def test_chunks_and_full_passes_without_gradients_run_on_ops(model_type, count_l
     assert not loops
 
 
-@pytest.mark.parametrize("model_type", _mamba.MIXERS)  # rwkv ignores a mask.
+@pytest.mark.parametrize("model_type", mamba1.MIXERS)  # rwkv ignores a mask.
 @pytest.mark.usefixtures("backend")
 def test_a_padded_full_pass_on_ops_is_that_of_the_rows_alone(model_type):
     model, ids = tiny_model(model_type), tokens(2, 33)

@@ -17,8 +17,8 @@ from tolerances import CHUNKED, NO_WORSE_FACTOR, NO_WORSE_SLACK
 from transformers import CONFIG_MAPPING, Mamba2Model, MambaModel
 
 import compat
-from compat._families import backbone_of
-from compat._fla import FAMILIES, REFUSED
+from compat.families.fla import FAMILIES, REFUSED
+from compat.families.lookup import backbone_of
 
 GPU = torch.cuda.is_available()
 for package in ("fla", "triton"):

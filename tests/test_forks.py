@@ -374,7 +374,7 @@ def overlay(root):
     (root / "compat").mkdir()
     (root / "compat" / "_pooling.py").write_text("pooling = 1\n")
     sha256 = hashlib.sha256((root / "forks/tiny/tiny_lib-1.0.tar.gz").read_bytes()).hexdigest()
-    pin(root, sha256, '[overlays]\n"compat/_pooling.py" = "tiny/sub/pooling.py"\n')
+    pin(root, sha256, '[overlays]\n"compat/stream/pooling.py" = "tiny/sub/pooling.py"\n')
     return root / "compat" / "_pooling.py"
 
 
@@ -737,7 +737,7 @@ def test_what_runs_a_test_is_there():
 def test_rebase_lays_overlays(root, release, overlay, there):
     release("2.0", LINES, {"tiny/sub/pooling.py": b"theirs"} if there else ())
     said = "overlay tiny/sub/pooling.py is a file of the release." if there else "fits"
-    verdict = rebased(root, f"compat/_pooling.py: {said}\n")
+    verdict = rebased(root, f"compat/stream/pooling.py: {said}\n")
     assert (verdict == "does not fit") is there
 
 

@@ -26,12 +26,13 @@ from transformers.models.mamba2 import modeling_mamba2
 
 import compat
 from ci.interpreter import conv_stand_in
-from compat import _fused, ops
-from compat._families import FAMILIES
-from compat.ops._where import in_chunk, is_in_chunk
+from compat import ops
+from compat.families import mamba2, mamba2_kernels
+from compat.families.in_chunk import in_chunk, is_in_chunk
+from compat.families.lookup import FAMILIES
 
 cached_model = functools.cache(tiny_model)
-ALL = sorted(_fused.MIXERS)
+ALL = sorted(mamba2.MIXERS)
 for model_type in ALL:
     # At its import a model takes the packages that are there; so it is done before the stand-ins.
     importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
@@ -128,7 +129,7 @@ def packages(ssd=SSD, conv=CONV, norm=NORM, on_gpu=True):
         if functions is not None or "." not in name
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fused, "version", VERSIONS.__getitem__)
+        patch.setattr(mamba2_kernels, "version", VERSIONS.__getitem__)
         with in_place(modules, on_gpu) as calls:
             yield calls
 
@@ -206,10 +207,10 @@ def test_a_package_that_cannot_be_imported_is_a_reason_and_no_error(
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").write_text(statement)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(_fused, "version", VERSIONS.__getitem__)
+    monkeypatch.setattr(mamba2_kernels, "version", VERSIONS.__getitem__)
     monkeypatch.setitem(sys.modules, "causal_conv1d", module_of("causal_conv1d", CONV))
     monkeypatch.delitem(sys.modules, package, raising=False)
-    found = _fused.probe.__wrapped__()
+    found = mamba2_kernels.probe.__wrapped__()
     distribution = package.replace("_", "-")
     assert found.run is None
     assert found.reason.startswith(
@@ -222,7 +223,7 @@ def test_a_package_that_cannot_be_imported_is_a_reason_and_no_error(
 @pytest.mark.parametrize("model_type", ALL)
 def test_the_installed_transformers_has_the_mixers_that_are_known(model_type):
     """Where this fails, the message has the case and the figures in which they differ."""
-    assert _fused.on_cpu(model_type) == ""
+    assert mamba2.on_cpu(model_type) == ""
 
 
 def test_a_mixer_that_computes_something_else_is_left_alone(monkeypatch):
@@ -342,11 +343,11 @@ def test_a_group_of_channels_that_is_too_large_for_the_norm_takes_transformers_o
 ):
     # 32 channels of 4 bytes.
     with packages() as calls:
-        monkeypatch.setattr(_fused, "_NORM_BYTES", 128)
+        monkeypatch.setattr(mamba2, "_NORM_BYTES", 128)
         in_chunks("mamba2")
         assert calls
         calls.clear()
-        monkeypatch.setattr(_fused, "_NORM_BYTES", 127)
+        monkeypatch.setattr(mamba2, "_NORM_BYTES", 127)
         in_chunks("mamba2")
         assert not calls
 
@@ -361,7 +362,7 @@ def test_a_text_of_one_token_takes_transformers_own_path():
 def test_layers_on_a_cpu_take_transformers_own_path_in_a_model_that_begins_on_a_gpu(monkeypatch):
     own = in_chunks("mamba2")
     with packages() as calls:
-        monkeypatch.setattr(_fused, "_has_kernels", lambda tensor: tensor.dtype == torch.int64)
+        monkeypatch.setattr(mamba2, "_has_kernels", lambda tensor: tensor.dtype == torch.int64)
         assert torch.equal(in_chunks("mamba2"), own)
     assert not calls
 
@@ -413,7 +414,7 @@ def test_without_a_cache_transformers_own_path_is_taken():
 @contextmanager
 def taken():
     """As while a chunk goes through."""
-    with _fused.PATCHED["mamba2"], in_chunk():
+    with mamba2.PATCHED["mamba2"], in_chunk():
         yield
 
 

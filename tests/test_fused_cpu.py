@@ -17,11 +17,12 @@ from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
 from torch import nn
 
 import compat
-from compat import _fused, ops
-from compat._families import backbone_of
+from compat import ops
+from compat.families import mamba2
+from compat.families.lookup import backbone_of
 
 cached_model = functools.cache(tiny_model)
-ALL = sorted(_fused.MIXERS)
+ALL = sorted(mamba2.MIXERS)
 F32, BF16 = torch.float32, torch.bfloat16
 
 backends = pytest.mark.parametrize("backend", ["torch", "native"])
@@ -30,10 +31,10 @@ backends = pytest.mark.parametrize("backend", ["torch", "native"])
 @contextmanager
 def on(backend):
     """The mixers that take the fused path, which runs on this backend."""
-    if backend == "native" and ops._native.library() is None:
-        pytest.skip(ops._native.reason())
+    if backend == "native" and ops.compiled.library() is None:
+        pytest.skip(ops.compiled.reason())
     calls = []
-    run = _fused._portable
+    run = mamba2.portable
 
     def spied(mixer, *args, **kwargs):
         calls.append(mixer)
@@ -42,7 +43,7 @@ def on(backend):
     with pytest.MonkeyPatch.context() as patch, ops.using(backend):
         for model_type in ALL:  # Each is asked once whether it is exact, by runs of its own.
             backbone_of(cached_model(model_type))
-        patch.setattr(_fused, "_portable", spied)
+        patch.setattr(mamba2, "portable", spied)
         yield calls
 
 
@@ -236,4 +237,4 @@ def test_the_report_says_what_runs_on_a_cpu():
         assert compat.status().cpu.startswith("plain torch")
         assert compat.status().cpu.endswith(served)
     with on("native"):
-        assert compat.status().cpu == f"native kernels, {ops._native.reason()}{served}"
+        assert compat.status().cpu == f"native kernels, {ops.compiled.reason()}{served}"

@@ -17,8 +17,10 @@ from tolerances import CHUNKED, COSINE
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 import compat
-from compat import _sentence_transformers, _transformers, ops
-from compat._patches import Patches
+from compat import ops
+from compat.hooks import encoder
+from compat.installed import recurrent_cache
+from compat.installed.patches import Patches
 
 HOOKED = (SentenceTransformer, BaseModel, Transformer, Pooling, Dense, Normalize)
 INHERITED = ("get_model_kwargs", "preprocess")
@@ -47,9 +49,9 @@ def reason(report, library):
 @pytest.fixture
 def fresh_probe():
     """The probe looks again in this test, and again after it."""
-    _transformers.probe.cache_clear()
+    recurrent_cache.probe.cache_clear()
     yield
-    _transformers.probe.cache_clear()
+    recurrent_cache.probe.cache_clear()
 
 
 # In and out again.
@@ -242,7 +244,7 @@ def test_a_call_that_failed_leaves_the_next_one_whole(model, monkeypatch):
     compat.enable_vertical_chunking()
     full = model.encode([text(30)])
     with monkeypatch.context() as patch:
-        patch.setattr(_sentence_transformers, "stream", lambda *_: 1 / 0)
+        patch.setattr(encoder, "stream", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.encode([text(30)], vertical_chunk_size=8)
     assert same(model.encode([text(30)]), full)
@@ -341,13 +343,13 @@ def test_an_old_transformers_is_refused_with_and_without_hooks(monkeypatch, mode
         assert set(states(compat.status()).values()) == {"absent"}
 
 
-@pytest.mark.parametrize("nth", range(len(_sentence_transformers.plan()) + 1))
+@pytest.mark.parametrize("nth", range(len(encoder.plan()) + 1))
 def test_a_write_that_fails_in_the_middle_is_rolled_back(monkeypatch, nth):
-    planned = _sentence_transformers.plan()
+    planned = encoder.plan()
     planned.insert(nth, (int, "vertical_chunk_size", None))  # int refuses to be written to.
     with untouched():
         with monkeypatch.context() as patch:
-            patch.setattr(_sentence_transformers, "plan", lambda: planned)
+            patch.setattr(encoder, "plan", lambda: planned)
             with pytest.raises(TypeError):
                 compat.enable_vertical_chunking()
         assert states(compat.status())["sentence-transformers"] == "absent"
@@ -378,7 +380,7 @@ def test_a_library_that_has_the_argument_itself_is_native(monkeypatch):
 
 
 def test_without_sentence_transformers_plain_models_still_work(monkeypatch, model):
-    monkeypatch.setattr(_sentence_transformers, "installed", lambda: False)
+    monkeypatch.setattr(encoder, "installed", lambda: False)
     with untouched():
         report = compat.enable_vertical_chunking()
         assert states(report) == {"transformers": "patched", "sentence-transformers": "absent"}

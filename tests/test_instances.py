@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModel
 
 import compat
-from compat import _mamba, _tiny
-from compat._families import FAMILIES as REGISTRY
+from compat.families import mamba1, tiny_models
+from compat.families.lookup import FAMILIES as REGISTRY
 
 HYBRIDS = [name for name in FAMILIES if REGISTRY[name].grows]
 F32 = torch.float32
@@ -54,7 +54,7 @@ OTHERS = ["bamba", "mamba2", "minimax", "recurrent_gemma", "rwkv", "xlstm"]
 
 
 # zamba's layers share weights, which the release cannot load in this way.
-@pytest.mark.parametrize("model_type", sorted({*_mamba.MIXERS, *OTHERS} - {"zamba"}))
+@pytest.mark.parametrize("model_type", sorted({*mamba1.MIXERS, *OTHERS} - {"zamba"}))
 @pytest.mark.parametrize("loaded", ["before", "while enabled"])
 def test_a_model_that_is_offloaded_is_exact_whenever_it_was_loaded(tmp_path, model_type, loaded):
     plain, load = on_disk(model_type, tmp_path)
@@ -232,7 +232,7 @@ ROPE = {
 
 def with_rope(model_type, kind, limit):
     """A tiny model with rotary embeddings of a type, trained for `limit` tokens; or None."""
-    config = _tiny.config(model_type)
+    config = tiny_models.config(model_type)
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return None
@@ -251,7 +251,7 @@ def with_rope(model_type, kind, limit):
             each["short_factor"] = [1.0] * (width // 2)
             each["long_factor"] = [3.0] * (width // 2)
     try:
-        return _tiny.build(config)
+        return tiny_models.build(config)
     except Exception as error:
         pytest.skip(f"the release takes no {kind} there: {type(error).__name__}")
 

@@ -14,8 +14,8 @@ from sentence_transformers.sentence_transformer.modules import LayerNorm, Poolin
 from tolerances import COSINE
 
 import compat
-from compat._families import FAMILIES
-from compat._pooling import POOLING_MODES
+from compat.families.lookup import FAMILIES
+from compat.stream.pooling import POOLING_MODES
 
 FEW = settings().max_examples // 3
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=6)

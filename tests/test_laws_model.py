@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
 
 import compat
-from compat._chunks import _warn_that_it_grows, stream, windows
-from compat._families import FAMILIES, backbone_of
-from compat._transformers import state_of
+from compat.families.lookup import FAMILIES, backbone_of
+from compat.installed.recurrent_cache import state_of
+from compat.stream.loop import _warn_that_it_grows, stream, windows
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Examples for a test that is run for every family or every setting.

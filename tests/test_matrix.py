@@ -9,14 +9,14 @@ from transformers.cache_utils import Cache
 
 import compat
 from ci import matrix
-from compat import _transformers
+from compat.installed import recurrent_cache
 
 
 @pytest.fixture(autouse=True)
 def _probed_anew():
-    _transformers.probe.cache_clear()
+    recurrent_cache.probe.cache_clear()
     yield
-    _transformers.probe.cache_clear()
+    recurrent_cache.probe.cache_clear()
 
 
 def reasons():

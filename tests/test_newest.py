@@ -101,13 +101,13 @@ def test_hooks_that_go_in_and_come_out_are_right():
 def test_a_hook_that_stays_is_not_right(monkeypatch):
     pooling = newest.importlib.import_module("test_hooks").Pooling
     before = pooling.forward
-    disable = compat._hooks.disable_vertical_chunking
+    disable = compat.hooks.switch.disable_vertical_chunking
 
     def leaky():
         disable()
         pooling.forward = lambda *args: before(*args)
 
-    monkeypatch.setattr(compat._hooks, "disable_vertical_chunking", leaky)
+    monkeypatch.setattr(compat.hooks.switch, "disable_vertical_chunking", leaky)
     try:
         assert newest.hooks() == "wrong, left behind: Pooling.forward"
     finally:

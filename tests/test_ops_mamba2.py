@@ -19,7 +19,7 @@ from tolerances import KERNEL_SSD, KERNEL_SSD_SLACK, NO_WORSE_FACTOR
 
 from ci import profile_layer
 from compat import ops
-from compat.ops import _native, _native_mamba2, mamba2
+from compat.ops import compiled, mamba2, mamba2_native
 
 NAMES = ("out", "final_states", "final_conv_states")
 OPS = SimpleNamespace(ssd_combined=mamba2, check_guards=lambda: None)
@@ -31,12 +31,12 @@ backends = pytest.mark.parametrize("backend", ["torch", "native"])
 @contextmanager
 def on(backend):
     """Without gradients on a backend; gives the list of what the native kernels gave."""
-    if backend == "native" and _native.library() is None:
-        pytest.skip(_native.reason())
+    if backend == "native" and compiled.library() is None:
+        pytest.skip(compiled.reason())
     served = []
 
     def spied(*args):
-        found = _native_mamba2.forward(*args)
+        found = mamba2_native.forward(*args)
         if found is not None:
             served.append(found)
         return found
@@ -298,7 +298,7 @@ def test_gradients_in_float64(norm):
 def test_with_gradients_plain_torch_runs():
     given = random_call(1, 9, 2, 8, 4, 1, 4)
     given["zxbcdt"].requires_grad_()
-    with ops.using("native" if _native.library() else "torch"):
+    with ops.using("native" if compiled.library() else "torch"):
         out = mamba2.mamba_split_conv1d_scan_combined(**given)
     assert torch.autograd.grad(out.sum(), given["zxbcdt"])[0].any()
 

@@ -15,7 +15,7 @@ import torch
 
 import compat
 from compat import ops
-from compat.ops import _native
+from compat.ops import compiled
 
 ROOT = Path(compat.__file__).parent.parent
 SOURCE = 'extern "C" void compat_set_team(void*) {}\n'
@@ -27,10 +27,10 @@ def build(monkeypatch, tmp_path):
     folder, cache = tmp_path / "native", tmp_path / "cache"
     folder.mkdir()
     (folder / "a.cpp").write_text(SOURCE)
-    monkeypatch.setattr(_native, "_FOLDER", folder)
+    monkeypatch.setattr(compiled, "_FOLDER", folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.delenv("COMPAT_NATIVE", raising=False)
-    return _native._loaded.__wrapped__
+    return compiled._loaded.__wrapped__
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_another_source_header_compiler_or_option_is_built_anew(
     build()
     compiler('exec {compiler} "$@"', version="script 1.1")
     build()
-    monkeypatch.setattr(_native, "_FLAGS", [*_native._FLAGS, "-DOTHER"])
+    monkeypatch.setattr(compiled, "_FLAGS", [*compiled._FLAGS, "-DOTHER"])
     build()
     assert [len(libraries(tmp_path)), compilations()] == [5, 5]
 
@@ -100,9 +100,9 @@ def test_another_source_header_compiler_or_option_is_built_anew(
 def in_a_new_process(tmp_path, before=""):
     """Builds that source in a process of its own, which loading a torn library would end."""
     code = before + (
-        "from pathlib import Path; from compat.ops import _native; "
-        f"_native._FOLDER = Path({str(tmp_path / 'native')!r}); "
-        "_native._loaded.cache_clear(); print(_native.library() is not None, _native.reason())"
+        "from pathlib import Path; from compat.ops import compiled; "
+        f"compiled._FOLDER = Path({str(tmp_path / 'native')!r}); "
+        "compiled._loaded.cache_clear(); print(compiled.library() is not None, compiled.reason())"
     )
     command = [sys.executable, "-c", code]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -283,7 +283,7 @@ def test_without_it_plain_torch_runs_and_the_reason_is_said(
     assert library is None
     assert said in reason
     assert "\n" not in reason
-    monkeypatch.setattr(_native, "_loaded", lambda: (None, reason))
+    monkeypatch.setattr(compiled, "_loaded", lambda: (None, reason))
     assert ops.backend() == "torch"
     assert f"plain torch, as the native kernels are not to be had: {reason}" in str(compat.status())
     with pytest.raises(RuntimeError, match=re.escape(reason)), ops.using("native"):
@@ -311,9 +311,9 @@ def test_a_choice_holds_in_its_block_only():
 
 @pytest.fixture
 def library():
-    if _native.library() is None:
-        pytest.skip(_native.reason())
-    return _native.library()
+    if compiled.library() is None:
+        pytest.skip(compiled.reason())
+    return compiled.library()
 
 
 def test_exp_is_right_to_two_units_in_the_last_place(library):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import compat
 from ci import under_load
 from compat.__main__ import app
-from compat.ops import _native, _waiting
+from compat.ops import compiled, waiting
 
 ROOT = Path(compat.__file__).parent.parent
 
@@ -25,7 +25,7 @@ BEGIN = """if True:
     import os, statistics, sys, time
     import torch
     import compat
-    from compat import _tiny
+    from compat.families import tiny_models
 
     x = torch.randn(200, 200)
 
@@ -43,7 +43,7 @@ BEGIN = """if True:
         return set(os.listdir("/proc/self/task"))
 
     def read(family):
-        model = _tiny.build(_tiny.config(family))
+        model = tiny_models.build(tiny_models.config(family))
         ids = torch.randint(64, (1, 50))
         for _ in compat.iter_chunks(model, input_ids=ids, vertical_chunk_size=16):
             pass
@@ -69,7 +69,7 @@ def run(code, cpus=2, **environment):
 
 @pytest.fixture
 def libgomp():
-    if _waiting._libgomp() is None:
+    if waiting._libgomp() is None:
         pytest.skip("torch does not run on libgomp here")
 
 
@@ -130,7 +130,7 @@ def test_one_thread_waits_for_nobody():
     ],
 )
 def test_with_those_that_sleep_there_are_more_threads_than_cpus(threads, cpus, asleep, missing):
-    assert _waiting._missing(threads, cpus, asleep) == missing
+    assert waiting._missing(threads, cpus, asleep) == missing
 
 
 def test_where_no_thread_can_be_started_they_wait_as_they_did(libgomp, monkeypatch):
@@ -138,10 +138,10 @@ def test_where_no_thread_can_be_started_they_wait_as_they_did(libgomp, monkeypat
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(_waiting, "_asleep", 0)
-    monkeypatch.setattr(_waiting._thread, "start_new_thread", refuse)
-    _waiting.wait_asleep()
-    assert _waiting._asleep == 0
+    monkeypatch.setattr(waiting, "_asleep", 0)
+    monkeypatch.setattr(waiting._thread, "start_new_thread", refuse)
+    waiting.wait_asleep()
+    assert waiting._asleep == 0
 
 
 # The native kernels: as many threads as torch has, when they are called.
@@ -160,8 +160,8 @@ KERNELS = """
 
 @pytest.fixture
 def library():
-    if _native.library() is None:
-        pytest.skip(_native.reason())
+    if compiled.library() is None:
+        pytest.skip(compiled.reason())
 
 
 def test_the_kernels_have_the_threads_that_torch_has_at_each_call(library):
@@ -218,7 +218,7 @@ def test_the_command_has_no_more_threads_than_a_container_grants(
         found.append(torch.get_num_threads())
         raise OSError("that is all that was to be seen")
 
-    monkeypatch.setattr("compat._embed.load_model", load)
+    monkeypatch.setattr("compat.jobs.embed.load_model", load)
     monkeypatch.setattr("joblib.cpu_count", lambda: granted)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable:

@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tolerances import CHUNKED
 
 import compat
-from compat._transformers import forward_of, state_argument, state_of
+from compat.installed.recurrent_cache import forward_of, state_argument, state_of
 
 TEXTS = [text(n) for n in (20, 12)]
 METHODS = ["encode", "encode_query", "encode_document"]

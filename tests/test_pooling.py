@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from compat._pooling import POOLING_MODES, Chunk, StreamingPooling
+from compat.stream.pooling import POOLING_MODES, Chunk, StreamingPooling
 
 
 def stream_of(hidden, lengths, cuts):

@@ -8,8 +8,8 @@ from stack import FORKS
 from tqdm.auto import tqdm
 
 import compat
-from compat import _progress
-from compat._cuts import CutTextWarning
+from compat.hooks import progress
+from compat.hooks.cut_texts import CutTextWarning
 
 pytestmark = pytest.mark.skipif(FORKS, reason="the forks show the library's own bar, over batches")
 
@@ -41,7 +41,7 @@ def bars(monkeypatch):
             super().update(n)
             self.stood.append(self.n)
 
-    monkeypatch.setattr(_progress, "tqdm", Recorded)
+    monkeypatch.setattr(progress, "tqdm", Recorded)
     return opened
 
 
@@ -109,7 +109,7 @@ def test_without_a_chunk_size_the_librarys_own_bar_is_shown(model, bars, capsys)
 @pytest.mark.parametrize("show", [False, True])
 def test_an_outer_bar_is_moved_over_several_calls_and_is_the_only_one(model, bars, show):
     with tqdm(total=2 * TOTAL, disable=False) as outer:
-        with _progress.into(outer):
+        with progress.into(outer):
             model.encode(TEXTS, vertical_chunk_size=8, show_progress_bar=show)
             assert outer.n == TOTAL
             model.encode(TEXTS, vertical_chunk_size=8, batch_size=2, show_progress_bar=show)

@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
 
 import compat
-from compat._families import FAMILIES, UNSUPPORTED, backbone_of
-from compat._transformers import parameters, state_argument
+from compat.families.lookup import FAMILIES, UNSUPPORTED, backbone_of
+from compat.installed.recurrent_cache import parameters, state_argument
 
 RECURRENT_LAYERS = {
     name

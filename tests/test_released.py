@@ -14,7 +14,7 @@ from families import FAMILIES, tiny_model
 from stack import FORKS
 from tolerances import CHUNKED
 
-from compat._transformers import parameters, state_argument
+from compat.installed.recurrent_cache import parameters, state_argument
 
 cached_model = functools.cache(tiny_model)
 

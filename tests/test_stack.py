@@ -4,10 +4,11 @@ import pytest
 from stack import FORKS
 
 import compat
-from compat import _fused, _hooks, _mamba, _rwkv, _xlstm
+from compat.families import mamba1, mamba2, rwkv4, xlstm
+from compat.hooks import switch
 
-HELD = _mamba.PATCHED | {"rwkv": _rwkv.PATCHED, "xlstm": _xlstm.PATCHED}
-HELD |= {f"fused path of {name}": held for name, held in _fused.PATCHED.items()}
+HELD = mamba1.PATCHED | {"rwkv": rwkv4.PATCHED, "xlstm": xlstm.PATCHED}
+HELD |= {f"fused path of {name}": held for name, held in mamba2.PATCHED.items()}
 
 
 def states(report):
@@ -31,8 +32,8 @@ def test_models_are_mended_in_the_forks(name):
 def test_enable_leaves_the_forks_alone():
     wanted = "native" if FORKS else "patched"
     try:  # The tests' own `compat.enable_vertical_chunking` does nothing on the forks.
-        report = _hooks.enable_vertical_chunking()
+        report = switch.enable_vertical_chunking()
         assert states(report) == dict.fromkeys(["transformers", "sentence-transformers"], wanted)
         assert {held.patched for held in HELD.values()} == {not FORKS}
     finally:
-        _hooks.disable_vertical_chunking()
+        switch.disable_vertical_chunking()

@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tolerances import CHUNKED
 
 import compat
-from compat._families import family_patches
+from compat.families.lookup import family_patches
 
 TEXTS = [text(n) for n in (30, 17, 12)]
 WIDTHS = [8, 8, 8, 6, 8, 9, 8, 4]  # Of texts one by one; no chunk has a single token.

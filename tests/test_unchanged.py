@@ -12,8 +12,8 @@ from tolerances import CHUNKED
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 import compat
-from compat import _fused
-from compat._transformers import state_argument
+from compat.families import mamba2
+from compat.installed.recurrent_cache import state_argument
 
 MAMBA = {
     "mamba": "MambaMixer",
@@ -139,7 +139,7 @@ def test_what_goes_on_from_a_users_own_state_is_identical(released, model_type):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", [*MAMBA, *_fused.MIXERS, "rwkv", "xlstm"])
+@pytest.mark.parametrize("model_type", [*MAMBA, *mamba2.MIXERS, "rwkv", "xlstm"])
 @pytest.mark.parametrize("use_cache", [False, True], ids=["no cache", "cache"])
 def test_what_the_release_compiles_is_compiled_and_identical(model_type, use_cache):
     model, ids = tiny_model(model_type), tokens(2, 12)

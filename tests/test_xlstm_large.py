@@ -11,7 +11,7 @@ from test_laws_model import alone, batches, error, in_chunks, tokens
 from tolerances import CHUNKED, NO_WORSE_FACTOR, NO_WORSE_SLACK
 
 import compat
-from compat._families import backbone_of
+from compat.families.lookup import backbone_of
 
 xlstm = pytest.importorskip(
     "xlstm.xlstm_large.model", reason='needs the xlstm package: pip install ".[xlstm]"'

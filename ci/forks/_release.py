@@ -41,6 +41,8 @@ class Fork:
         license: SPDX expression.
         environment: Variables that the sdist's metadata step needs.
         overlays: New files: path in the tree of each path in this repository.
+        stand_ins: Files of the tree that stand for further files of this repository, where an
+            overlay imports them: path in the tree of each path in this repository.
         upstream_tests: Upstream's own files of tests, for `ci.upstream_tests`.
         run_by: The file of this repository that runs, on a CPU, a file of tests of the patches
             that needs a GPU: path here of each path in the tree.
@@ -54,6 +56,7 @@ class Fork:
     license: str
     environment: dict[str, str] = field(default_factory=dict)
     overlays: dict[str, str] = field(default_factory=dict)
+    stand_ins: dict[str, str] = field(default_factory=dict)
     upstream_tests: list[str] = field(default_factory=list)
     run_by: dict[str, str] = field(default_factory=dict)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from ci.forks._relative import Package, RewriteError
 from ci.forks._release import Fork, ForkError, fetched, unpack
 
 # What a tree's own repository does not track: traces of running it.
@@ -68,14 +68,30 @@ def begin(fork: Fork, sdist: Path, tree: Path) -> None:
 
 
 def overlay(fork: Fork, source: str, target: str, tree: Path) -> str:
-    """Copy a file of this repository into the tree, or say why not."""
+    """Copy a file of this repository into the tree, or say why not.
+
+    What it imports of this repository, it imports there of the files that are made of it.
+    """
     if (tree / target).exists():
         return f"overlay {target} is a file of the release."
     if not (fork.root / source).is_file():
         return f"no {fork.root / source}, of which fork.toml makes an overlay."
     (tree / target).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(fork.root / source, tree / target)
+    text = (fork.root / source).read_text()
+    if source.endswith(".py"):
+        places = (fork.overlays | fork.stand_ins).items()
+        package = Package({_module(path): PurePosixPath(there) for path, there in places}, {})
+        try:
+            text = package.rewrite(text, _module(source), PurePosixPath(target))
+        except RewriteError as error:
+            return f"overlay {source}, as {error}."
+    (tree / target).write_text(text)
     return ""
+
+
+def _module(path: str) -> str:
+    """The name of the module that a file of this repository is."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def close_overlays(fork: Fork, tree: Path) -> None:

@@ -26,7 +26,7 @@ import compat
 from ci import readme
 from ci.model import teacher
 from ci.model.data import OUT, SIDES, Pair, Split, pairs
-from compat._default_model import FOLDER, load_default_model
+from compat.default_model import FOLDER, load_default_model
 
 CHUNK = 512
 SHORT, LONG = 1200, 80  # So many pairs of a kind are used, at most.

@@ -43,7 +43,6 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ci.model import teacher
 from ci.model.data import CUT, DICTIONARY, OUT, pairs
-from compat import _fused
 
 SEED = 0
 VOCABULARY = 16_384
@@ -205,7 +204,7 @@ def run_on_ops(model: SentenceTransformer) -> None:
 
 def _run_on_ops(mixer: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):  # A third faster; weights and states are float32.
-        output, _state = _fused._portable(mixer, mixer.in_proj(hidden_states), None, None)
+        output, _state = mamba2_kernels.portable(mixer, mixer.in_proj(hidden_states), None, None)
         projected: Tensor = mixer.out_proj(output)
     return projected.float()
 

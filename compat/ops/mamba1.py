@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 from torch.utils.checkpoint import checkpoint
 
-from compat.ops import _native
-from compat.ops._where import is_native
+from compat.ops import compiled
+from compat.ops.chosen import is_native
 
 # Numbers of (batch, dim, tokens, dstate) that exist at one time, of each of a few tensors.
 _PIECE = 2**22
@@ -239,7 +239,7 @@ def _native_scan(
     delta_softplus: bool,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    library = _native.library()
+    library = compiled.library()
     assert library is not None
     batch, dim, seqlen = u.shape
     groups, dstate = B.shape[1:3]

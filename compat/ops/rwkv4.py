@@ -19,8 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from compat.ops import _native
-from compat.ops._where import is_native
+from compat.ops import compiled
+from compat.ops.chosen import is_native
 
 State = tuple[Tensor, Tensor, Tensor]
 """Numerator and denominator, scaled by exp(-maximum), and maximum."""
@@ -142,7 +142,7 @@ class _Wkv(ctypes.Structure):
 def _native_wkv(
     decay: Tensor, first: Tensor, key: Tensor, value: Tensor, state: State
 ) -> tuple[Tensor, State]:
-    library = _native.library()
+    library = compiled.library()
     assert library is not None
     out = torch.empty_like(key, memory_format=torch.contiguous_format)
     value = value.to(key.dtype)

@@ -14,7 +14,7 @@ import torch
 from fused_packages import in_place, kernels
 
 from ci import emulation, forks, interpreter
-from compat import _fused
+from compat.families import mamba2_kernels
 
 # With the interpreter, a machine with a GPU rehearses as well.
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
@@ -77,6 +77,6 @@ def fused_calls(device):
         importlib.import_module("transformers.models.mamba2.modeling_mamba2")
         modules = kernels(*rehearsed())
     with in_place(modules, on_gpu=not ON_GPU) as calls:
-        reason = _fused.probe().reason
+        reason = mamba2_kernels.probe().reason
         assert reason.startswith("mamba_split_conv1d_scan_combined"), reason
         yield calls

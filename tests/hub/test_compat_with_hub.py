@@ -18,7 +18,9 @@ from tolerances import CHUNKED, error
 from transformers.models.mamba2 import modeling_mamba2
 
 import compat
-from compat import _exact, _fused, _hub, _mamba2_probe, _tiny
+from compat.families import exact, mamba2_probe, tiny_models
+from compat.families import mamba2 as _fused
+from compat.installed import hub_kernels as _hub
 
 FUSED = "mamba_split_conv1d_scan_combined"
 IDS = tokens(2, 21)
@@ -67,7 +69,7 @@ def _of_one_group(monkeypatch):
     with two groups, rightly takes none of its mixers; from 5.23 on it is by group, and says so.
     With one group both are the same, and all else is asked as ever. None of this is needed there.
     """
-    config, norm = _tiny.config, modeling_mamba2.MambaRMSNormGated
+    config, norm = tiny_models.config, modeling_mamba2.MambaRMSNormGated
     monkeypatch.setattr(norm, "group_size", property(lambda self: len(self.weight)), raising=False)
 
     def of_one_group(model_type):
@@ -76,11 +78,11 @@ def _of_one_group(monkeypatch):
             setattr(made, name, value)
         return made
 
-    monkeypatch.setattr(_tiny, "config", of_one_group)
+    monkeypatch.setattr(tiny_models, "config", of_one_group)
     # Nothing that was found before is made use of, and nothing of this is remembered.
-    of_mixer = functools.cache(_mamba2_probe.of_mixer.__wrapped__)
-    monkeypatch.setattr(_mamba2_probe, "of_mixer", of_mixer)
-    monkeypatch.setattr(_exact, "_classes", {})
+    of_mixer = functools.cache(mamba2_probe.of_mixer.__wrapped__)
+    monkeypatch.setattr(mamba2_probe, "of_mixer", of_mixer)
+    monkeypatch.setattr(exact, "_classes", {})
 
 
 @pytest.fixture
@@ -141,7 +143,7 @@ def test_a_kernel_for_some_of_the_functions_is_not(model, monkeypatch):
     wanted = in_chunks(model, IDS, ONES, 8)
     lines()  # Now compat knows all mixers: it asks no more, which takes `_portable` too.
     asked_for = "It is not asked for."
-    monkeypatch.setattr(_fused, "_portable", lambda *_, **__: pytest.fail(asked_for))
+    monkeypatch.setattr(_fused, "portable", lambda *_, **__: pytest.fail(asked_for))
     with pytest.raises(pytest.fail.Exception, match=asked_for):
         in_chunks(model, IDS, ONES, 8)
     with hub.kernelized(model, ["causal_conv1d_fn"]) as calls:

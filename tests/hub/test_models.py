@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_laws_model import alone, batches, in_chunks
 from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
 
-from compat._transformers import parameters, state_argument, state_of
+from compat.installed.recurrent_cache import parameters, state_argument, state_of
 
 FEW = settings().max_examples // 3
 F32, BF16 = torch.float32, torch.bfloat16

@@ -14,14 +14,14 @@ from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
 
 import compat
 from ci import interpreter
-from compat import _fused
+from compat.families import mamba2, mamba2_kernels
 
 if reason := interpreter.unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 from ci import forks
 
-for model_type in _fused.MIXERS:
+for model_type in mamba2.MIXERS:
     # At its import a model takes the packages that are there; its own path is to be in torch.
     importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
 
@@ -46,7 +46,7 @@ def calls(request, packages):
     """Puts released or patched packages in place; the calls of the fused path."""
     conv, ops = packages("stock" if request.param == "composed" else "patched")
     with in_place(kernels(conv, ops)) as made:
-        assert _fused.probe().reason.startswith("composed") == (request.param == "composed")
+        assert mamba2_kernels.probe().reason.startswith("composed") == (request.param == "composed")
         yield made
     ops.check_guards()
 
@@ -93,7 +93,7 @@ def test_the_states_in_the_cache_are_those_of_transformers(calls, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", sorted(_fused.MIXERS))
+@pytest.mark.parametrize("model_type", sorted(mamba2.MIXERS))
 def test_every_family_gives_what_transformers_gives(calls, model_type):
     """With 4 heads, 2 groups, and several inner chunks; rows end in different chunks."""
     model, ids = tiny_model(model_type), tokens(2, 31)

@@ -25,7 +25,7 @@ constexpr int64_t LANES = 4, PANEL = 4;
 #endif
 typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-// The arguments, as compat/ops/_native_mamba2.py lays them out. Tensors are contiguous, except
+// The arguments, as compat/ops/mamba2_native.py lays them out. Tensors are contiguous, except
 // zxbcdt, whose channels are.
 struct Mamba2 {
   const void* zxbcdt;            // (batch, seqlen, dim + conv_dim + nheads): z, (x, B, C), dt

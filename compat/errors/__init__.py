@@ -1,0 +1,41 @@
+"""The project's exceptions; sentence-transformers' own where it has them, under the same names."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+NATIVE = "sentence_transformers.base.vertical_chunks"
+
+
+def _home() -> str:
+    """The module that defines them; the library, which takes seconds to import, only if it does."""
+    package, *folders = NATIVE.split(".")
+    spec = find_spec(package)
+    places = (spec.submodule_search_locations if spec else None) or ()
+    native = any(Path(place, *folders, "_errors.py").is_file() for place in places)
+    return f"{NATIVE}._errors" if native else "compat.errors.own"
+
+
+if TYPE_CHECKING:
+    from compat.errors.own import (
+        UnsupportedModelError,
+        UnsupportedPipelineError,
+        UnsupportedVersionError,
+        VerticalChunkingError,
+    )
+else:
+    _module = import_module(_home())
+    UnsupportedModelError = _module.UnsupportedModelError
+    UnsupportedPipelineError = _module.UnsupportedPipelineError
+    UnsupportedVersionError = _module.UnsupportedVersionError
+    VerticalChunkingError = _module.VerticalChunkingError
+
+__all__ = [
+    "UnsupportedModelError",
+    "UnsupportedPipelineError",
+    "UnsupportedVersionError",
+    "VerticalChunkingError",
+]

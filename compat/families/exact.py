@@ -1,0 +1,213 @@
+"""Whether a model continues exactly from its state: it is asked, by one pass and by chunks.
+
+No signature says what upstream changes beneath it. So when a model is first read in chunks, the
+tiny model of its class is run both ways, once for each class and kind of device. The model in hand
+is run instead, with 20 tokens, where the tiny one does not stand for it: where its class or that of
+a layer is not transformers' or torch's own, where a module has a forward of its own or weights of
+another kind, or where no tiny model can be made.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any, NamedTuple, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compat import ops
+from compat.errors import UnsupportedModelError, VerticalChunkingError
+from compat.families import tiny_models
+from compat.families.base import Family
+from compat.installed.behaviour import in_eval_mode, shielded
+
+# One row ends with the second chunk, so that rows are selected. 20 tokens are more than the inner
+# chunks and windows of the tiny models.
+_CHUNKS = ((0, 9), (9, 11), (11, 20))
+_LENGTHS = (20, 11)
+
+# In float32 on a CPU, of the largest hidden state. Sums are taken in another order when a text is
+# split, and weights of ten times the usual size amplify that: up to 3e-6 was measured. A lost state
+# costs 1e-3 and more.
+_TOLERANCE = 3e-5
+# Elsewhere matrix products may be rounded to some 10 bits: of what it costs to begin each chunk
+# anew, in the mean.
+_SHARE = 0.25
+
+# Whose classes of modules are what the tiny models are made of.
+_OWN = ("torch", "transformers", "kernels")
+
+_lock = threading.RLock()
+_classes: dict[tuple[type, str, str], str] = {}
+# Each with what it was made of when it was asked.
+_models: weakref.WeakKeyDictionary[PreTrainedModel, tuple[object, str]]
+_models = weakref.WeakKeyDictionary()
+
+
+class _Errors(NamedTuple):
+    """How far chunks are from one pass, as a share of the largest hidden state.
+
+    Attributes:
+        largest: Over all tokens.
+        mean: Over the tokens behind the first chunk.
+    """
+
+    largest: float
+    mean: float
+
+
+def require_exact(backbone: PreTrainedModel, family: Family) -> None:
+    """Raise unless a model gives in chunks what it gives in one pass.
+
+    Args:
+        backbone: The model without its head.
+        family: How its state is carried.
+
+    Raises:
+        UnsupportedModelError: It does not; the message has the difference, or what was raised.
+    """
+    _require_independence(backbone)
+    key = (type(backbone), backbone.device.type, ops.backend())
+    own = _is_own(backbone)
+    made_of: object = key if own else (_parts(backbone), *key)
+    known, reason = _models.get(backbone, (made_of, None))
+    if known != made_of or reason is None:
+        reason = _classes.get(key) if own else None
+    if reason is None:
+        with _lock:
+            reason = _ask(backbone, family, key, own, made_of)
+    if reason:
+        installed = f"transformers {transformers.__version__}"
+        raise UnsupportedModelError(
+            f"{type(backbone).__name__} with {installed}, which {reason}",
+            "a model that gives in chunks what it gives in one pass",
+            "encode it without vertical_chunk_size, or try another release: pip install "
+            '"transformers>=5.15,<=5.24"',
+        )
+
+
+def asked() -> dict[str, str]:
+    """The classes of which a model was asked: empty where it is exact in chunks, else why not."""
+    found = {cls.__name__: reason for (cls, *_), reason in _classes.items()}
+    return found | {type(model).__name__: reason for model, (_, reason) in _models.items()}
+
+
+def _ask(
+    backbone: PreTrainedModel,
+    family: Family,
+    key: tuple[type, str, str],
+    own: bool,
+    made_of: object,
+) -> str:
+    tiny = _tiny_of(backbone) if own else None
+    if tiny is not None:
+        _classes[key] = reason = _why_not(tiny, family)
+    else:
+        _models[backbone] = made_of, (reason := _why_not(backbone, family))
+    return reason
+
+
+def _parts(backbone: PreTrainedModel) -> tuple[object, ...]:
+    return tuple((id(m), type(m), "forward" in vars(m)) for m in backbone.modules())
+
+
+def _is_own(backbone: PreTrainedModel) -> bool:
+    """Whether the tiny model of its class stands for a model, whatever was done to the model."""
+    modules = all(
+        type(m).__module__.partition(".")[0] in _OWN and "forward" not in vars(m)
+        for m in backbone.modules()
+    )
+    return modules and all(type(p) is nn.Parameter for p in backbone.parameters())
+
+
+def _require_independence(backbone: PreTrainedModel) -> None:
+    """Raise where what a token gives depends on the tokens that are run with it."""
+    for name, module in backbone.named_modules():
+        kind = type(module)
+        scaled = kind.__module__.startswith("torch.ao.nn.quantized.dynamic")
+        if scaled or kind.__name__ == "Linear8bitLt":  # Of bitsandbytes: LLM.int8().
+            raise UnsupportedModelError(
+                f"a {type(backbone).__name__} whose {name} is a {kind.__module__}.{kind.__name__}, "
+                "which scales its inputs over all that runs together",
+                "a model whose tokens do not depend on how a text is cut",
+                "quantize its weights only, load it in bfloat16, or encode without "
+                "vertical_chunk_size",
+            )
+
+
+def _tiny_of(backbone: PreTrainedModel) -> PreTrainedModel | None:
+    """The tiny model of a model's class, on its device; None where there is none."""
+    try:
+        with shielded():
+            tiny: Any = tiny_models.build(tiny_models.config(backbone.config.model_type))
+            tiny = tiny.to(backbone.device)
+    except Exception:  # A release whose configuration takes other values: any error.
+        return None
+    return tiny if type(tiny) is type(backbone) else None
+
+
+def _why_not(model: PreTrainedModel, family: Family) -> str:
+    """In which way a model is not exact in chunks; empty where it is."""
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    with shielded(), device, in_eval_mode(model):
+        vocabulary = cast(Any, model.get_input_embeddings()).weight.shape[0]
+        shape = (len(_LENGTHS), max(_LENGTHS))
+        generator = torch.Generator("cpu").manual_seed(0)
+        ids = torch.randint(3, vocabulary, shape, generator=generator, device="cpu")
+        ids = ids.to(device)
+        try:
+            whole = _in_one_pass(model, ids)
+        except Exception:  # It cannot be run at all, here: nothing to be held to.
+            return ""
+        try:
+            found = _errors(_in_chunks(model, family, ids), whole)
+        except VerticalChunkingError:
+            raise
+        except Exception as error:
+            said = str(error).partition("\n")[0]
+            return f"cannot be read in chunks ({type(error).__name__}: {said})"
+        if device.type == "cpu" and model.dtype in (torch.float32, torch.float64):
+            exact = found.largest <= _TOLERANCE
+        else:
+            lost = _errors(_in_chunks(model, family, ids, forgetful=True), whole)
+            exact = found.mean <= _SHARE * lost.mean
+    return "" if exact else f"is off by {found.largest:.1g} of its largest hidden state in chunks"
+
+
+def _in_one_pass(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """Each row alone, by the released code."""
+    with ops.using("released"):
+        return [
+            model(input_ids=row[None, :n], use_cache=False, return_dict=True).last_hidden_state[0]
+            for row, n in zip(ids, _LENGTHS, strict=True)
+        ]
+
+
+def _in_chunks(
+    model: PreTrainedModel, family: Family, ids: Tensor, forgetful: bool = False
+) -> list[Tensor]:
+    """All rows together, as the chunk loop does; or each chunk without its state."""
+    pieces: list[list[Tensor]] = [[] for _ in _LENGTHS]
+    rows, state = list(range(len(_LENGTHS))), None
+    for start, end in _CHUNKS:
+        alive = [place for place, row in enumerate(rows) if _LENGTHS[row] > start]
+        if len(alive) < len(rows) and state is not None:
+            state = family.select_rows(state, torch.tensor(alive, device=ids.device))
+        rows = [rows[place] for place in alive]
+        hidden, state = family.forward(model, ids[rows, start:end], start, state)
+        state = None if forgetful else state
+        for row, piece in zip(rows, hidden, strict=True):
+            pieces[row].append(piece)
+    return [torch.cat(row) for row in pieces]
+
+
+def _errors(found: list[Tensor], whole: list[Tensor]) -> _Errors:
+    scale = max(float(row.abs().max()) for row in whole)
+    differences = [
+        (a.double() - b.double()).abs() / scale for a, b in zip(found, whole, strict=True)
+    ]
+    behind = torch.cat([row[_CHUNKS[0][1] :] for row in differences])
+    return _Errors(max(float(row.max()) for row in differences), float(behind.mean()))

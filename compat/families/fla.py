@@ -1,0 +1,100 @@
+"""flash-linear-attention: models of its own, also of names that transformers has for others.
+
+As of fla 0.5.2 and 0.6.0 the recurrent ones continue from `past_key_values`, and keep the recurrent
+state in float32. Their cache cannot pick rows of a batch; `Fla` does that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from compat.errors import UnsupportedModelError
+from compat.families.base import Family
+
+
+class Fla(Family):
+    """A recurrent model of `fla.models`."""
+
+    def select_rows(self, state: Any, rows: Tensor) -> Any:
+        """The state of some rows."""
+        for layer in state.layers:
+            layer.state = _select(layer.state, rows)
+        return state
+
+
+# Model types that were measured to continue exactly.
+FAMILIES: dict[str, Family] = dict.fromkeys(
+    [
+        "comba",
+        "delta_net",
+        "gated_deltanet",
+        "gated_deltaproduct",
+        "gla",
+        "gsa",
+        "hgrn",
+        "hgrn2",
+        "kda",
+        "linear_attn",
+        "retnet",
+        "rwkv6",
+        "rwkv7",
+    ],
+    Fla(grows=False),
+)
+
+_ELSE = "encode it without vertical_chunk_size"
+# Recurrent ones that do not, why, and the remedy.
+REFUSED = {
+    "mamba": (
+        "takes one new token at a time from its cache",
+        "load the same weights with transformers.MambaModel.from_pretrained(...)",
+    ),
+    "mamba2": (
+        "takes one new token at a time from its cache",
+        "load the same weights with transformers.Mamba2Model.from_pretrained(..., "
+        "rescale_prenorm_residual=False)",  # Else they are rescaled: transformers 5.23.0.
+    ),
+    "lightnet": ("normalises a chunk from its cache as if it were one token", _ELSE),
+    "mom": ("gives other hidden states from its cache than in one pass", _ELSE),
+}
+
+
+def is_fla(model: object) -> bool:
+    """Whether a model's class comes from fla; does not import the package."""
+    return any(cls.__module__.startswith("fla.") for cls in type(model).__mro__)
+
+
+def family_of(backbone: Any) -> Family:
+    """The way in which a model of fla carries its state.
+
+    Raises:
+        UnsupportedModelError: It is not known to continue exactly from a state.
+    """
+    model_type = backbone.config.model_type
+    found = f"{type(backbone).__name__} of flash-linear-attention"
+    if model_type not in FAMILIES:
+        reason, remedy = REFUSED.get(model_type, ("is not known to continue from a state", _ELSE))
+        raise UnsupportedModelError(
+            f"{found}, which {reason}",
+            "a model of fla that continues exactly: " + ", ".join(sorted(FAMILIES)),
+            remedy,
+        )
+    if getattr(backbone.config, "attn", None):
+        raise UnsupportedModelError(
+            f"{found} with attention layers",
+            "one of recurrent layers alone (config.attn is None)",
+            _ELSE,
+        )
+    return FAMILIES[model_type]
+
+
+def _select(part: Any, rows: Tensor) -> Any:
+    if isinstance(part, Tensor):
+        return part[rows]
+    if isinstance(part, dict):
+        return {name: _select(value, rows) for name, value in part.items()}
+    if isinstance(part, tuple | list):
+        return type(part)(_select(value, rows) for value in part)
+    return part

@@ -1,0 +1,112 @@
+"""Turning vertical chunking on and off in the installed libraries, all of it or nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from compat.errors import UnsupportedVersionError
+from compat.families import mamba2
+from compat.families.lookup import family_patches
+from compat.hooks import encoder
+from compat.hooks.report import Report, sentence_transformers_status, transformers_status
+from compat.installed import recurrent_cache
+from compat.installed.patches import Patches
+
+_lock = threading.RLock()
+_holders = 0
+_patches: Patches | None = None
+_models = ExitStack()
+_lasting = ExitStack()
+_is_lasting = False
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Have the hooks in for the length of a `with` block, whoever else holds them, in any thread.
+
+    The first holder puts them in, and the last takes them out; a call of `encode` in chunks is one.
+    """
+    global _holders, _models, _patches
+    with _lock:
+        if _patches is None:
+            _models, _patches = _put_in()
+        _holders += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _holders -= 1
+            if not _holders:
+                _patches.undo()
+                _patches = None
+                _models.close()
+
+
+def _put_in() -> tuple[ExitStack, Patches]:
+    """Replace attributes of the libraries: all that is planned, or nothing."""
+    recurrent_cache.require_support()
+    with ExitStack() as stack:
+        for family in family_patches():
+            with suppress(UnsupportedVersionError):  # Chunks of that family raise it.
+                stack.enter_context(family)
+        stack.enter_context(mamba2.full_passes())
+        patches = Patches(encoder.plan())
+        return stack.pop_all(), patches
+
+
+def enable_vertical_chunking() -> Report:
+    """Let `SentenceTransformer.encode` take `vertical_chunk_size`, in this process.
+
+    Everything that the hooks need is looked at before anything is patched; calling it again does
+    nothing. Models that were loaded before take part as well, except that a default chunk size
+    stored with a model is read when the model is loaded.
+
+    A family of models that cannot be hooked is left out, as `status()` says; chunks of it raise.
+
+    Returns:
+        What was found in each library, and what was done.
+
+    Raises:
+        UnsupportedVersionError: A library is installed but is not what the hooks expect; nothing
+            is patched then.
+    """
+    global _is_lasting
+    with _lock:
+        if not _is_lasting:
+            _lasting.enter_context(held())
+            _is_lasting = True
+        return status()
+
+
+def disable_vertical_chunking() -> None:
+    """Let go of what `enable_vertical_chunking()` holds, however often it was called.
+
+    Every patched attribute is the very object again that it was as soon as nobody else holds the
+    hooks: no `with vertical_chunking()` block, and no call of `encode` in chunks that is still
+    running in another thread. Without hooks it does nothing.
+    """
+    global _is_lasting
+    with _lock:
+        _is_lasting = False
+        _lasting.close()
+
+
+@contextmanager
+def vertical_chunking() -> Iterator[Report]:
+    """Have vertical chunking on for the length of a `with` block, in all threads.
+
+    Each block holds it for itself: neither the end of another block nor
+    `disable_vertical_chunking()` takes it away, and where it was on before, it stays on afterwards.
+    """
+    with held():
+        yield status()
+
+
+def status() -> Report:
+    """The state of vertical chunking in each library; changes nothing."""
+    in_models = _patches is not None and any(held.patched for held in family_patches())
+    return Report(
+        (transformers_status(in_models), sentence_transformers_status(bool(_patches))),
+    )

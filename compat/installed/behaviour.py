@@ -1,0 +1,122 @@
+"""What a released function does, found by running it on tiny inputs beside what would replace it.
+
+A function is recognised by what it computes. The text of it would not do: it does not say what the
+functions that it calls do, and it changes where the numbers do not.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compat.installed.recurrent_cache import beneath, innermost
+
+# Both compute in float32, in another order: some 4e-7 is lost. What differs in meaning differs by
+# much more, as inputs and weights are of order 1.
+_TOLERANCE = 2e-5
+
+
+class Differs(Exception):
+    """A released function does something else than what would replace it; the text says what."""
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Run tiny models whatever the caller's modes are, and leave no trace in them."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        yield
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and back on in the modules in which it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Draw:
+    """Normal numbers in float32, from a generator of its own."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        """Draw a tensor."""
+        return torch.randn(shape, generator=self._generator, dtype=torch.float32)
+
+
+def compare(case: str, released: Tensor, ours: Tensor) -> None:
+    """Hold what would replace a function to what it gives.
+
+    Raises:
+        Differs: They are not the same; names the case, and both figures where they differ most.
+    """
+    if released.shape != ours.shape:
+        raise Differs(f"{case}: it gives a shape of {tuple(released.shape)}, ours {ours.shape}")
+    difference = (released.double() - ours.double()).abs().flatten()
+    if not difference.numel():
+        return
+    worst = int(difference.nan_to_num(nan=torch.inf).argmax())
+    if not difference[worst] <= _TOLERANCE * max(1.0, float(released.abs().max())):
+        a, b = float(released.flatten()[worst]), float(ours.flatten()[worst])
+        raise Differs(f"{case}: it gives {a:.6g} where ours gives {b:.6g}")
+
+
+def verdict(check: Callable[[Callable[..., Any]], None], function: Callable[..., Any]) -> str:
+    """Why a check of a released function does not hold, in one line; empty where it holds.
+
+    Whatever is raised counts: another constructor, other attributes, other arguments. Where kernels
+    for a GPU are installed, what the function calls cannot be run on a CPU; then its own functions
+    in torch are run in their place.
+    """
+    error: Exception = NotImplementedError()
+    for run in (function, in_torch(function)):
+        try:
+            with shielded():
+                check(run)
+            return ""
+        except Differs as difference:
+            return str(difference)
+        except Exception as other:
+            error = other
+    said = str(error).partition("\n")[0]
+    return f"it cannot be run on tiny weights ({type(error).__name__}: {said})"
+
+
+def in_torch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A released function, decorators and all, that calls the released functions in plain torch."""
+    inner = beneath(function)
+    if not isinstance(function, types.FunctionType):
+        return innermost(function)
+    names, cells = function.__globals__, function.__closure__ or ()
+    if inner is None:
+        names = names | {
+            name: innermost(names[name])
+            for name in function.__code__.co_names
+            if callable(names.get(name)) and not isinstance(names[name], type)
+        }
+    else:
+        copied = in_torch(inner)
+        cells = tuple(
+            types.CellType(copied) if cell.cell_contents is inner else cell for cell in cells
+        )
+    copy = types.FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, cells or None
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return functools.wraps(function)(copy)

@@ -1,0 +1,132 @@
+"""Replacing attributes of released libraries, and putting the very same objects back."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from compat.installed.recurrent_cache import STATES, parameters
+
+Patch = tuple[Any, str, object]
+"""A class or module, the name of an attribute, and what to put there."""
+
+
+def wraps(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a function stand for a released one, as `functools.wraps` does, and be told from it."""
+
+    def mark(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        wrapper = functools.wraps(original)(wrapper)
+        wrapper._compat_released = original  # type: ignore[attr-defined]
+        return wrapper
+
+    return mark
+
+
+def released(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The released function that one of compat's stands for; any other as it is."""
+    found: Callable[..., Any] = getattr(function, "_compat_released", function)
+    return found
+
+
+def arguments(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Read what a call of a released function gives, by name; what is None is left out.
+
+    The names are those under the function's decorators, and any that `**kwargs` would take.
+    """
+    names = parameters(function)
+    named = dict(zip(names, args, strict=False))
+    named |= {f"argument {place}": args[place] for place in range(len(names), len(args))}
+    return {name: value for name, value in (named | dict(kwargs)).items() if value is not None}
+
+
+class MixerCall(NamedTuple):
+    """What the forward of a mixer is given.
+
+    Attributes:
+        inputs: The first argument, (batch, seqlen, hidden_size); None where it cannot be told.
+        state: The state to go on from, under any of its names.
+        others: What else is not None, by name.
+    """
+
+    inputs: Any
+    state: Any
+    others: dict[str, Any]
+
+    @classmethod
+    def read(
+        cls, forward: Callable[..., Any], mixer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> MixerCall:
+        """Read a call of `forward(mixer, *args, **kwargs)`."""
+        others = arguments(forward, (mixer, *args), kwargs)
+        own, *names = parameters(forward) or ("",)
+        others.pop(own, None)
+        inputs = others.pop(names[0], None) if names else None
+        states = [others.pop(name) for name in STATES if name in others]
+        return cls(inputs, states[0] if states else None, others)
+
+
+class Patches:
+    """Attributes that were replaced, and what they were.
+
+    Args:
+        planned: The patches; where one of them fails, those before it are undone.
+    """
+
+    def __init__(self, planned: Sequence[Patch]) -> None:
+        self._undo: list[Patch] = []
+        try:
+            for owner, name, value in planned:
+                self._set(owner, name, value)
+        except BaseException:
+            self.undo()
+            raise
+
+    def __len__(self) -> int:
+        return len(self._undo)
+
+    def _set(self, owner: Any, name: str, value: object) -> None:
+        # An inherited attribute is overridden, and later deleted again.
+        before = vars(owner).get(name, self)
+        setattr(owner, name, value)
+        self._undo.append((owner, name, before))
+
+    def undo(self) -> None:
+        """Put the very objects back that were there."""
+        while self._undo:
+            owner, name, before = self._undo.pop()
+            if before is self:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+
+class Held:
+    """Patches that are in place while anybody holds them, in any thread."""
+
+    def __init__(self, plan: Callable[[], Sequence[Patch]]) -> None:
+        self._plan = plan
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._patches: Patches | None = None
+
+    @property
+    def patched(self) -> bool:
+        """Whether anything is replaced at this moment."""
+        return bool(self._patches)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._patches is None:
+                self._patches = Patches(self._plan())
+            self._holders += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._holders -= 1
+            if not self._holders and self._patches is not None:
+                self._patches.undo()
+                self._patches = None

@@ -1,0 +1,147 @@
+"""What the installed transformers can do: it is probed, and nothing in it is patched."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+import transformers
+
+from compat.errors import UnsupportedVersionError
+
+
+@cache
+def probe() -> str | None:
+    """Why no model of the installed transformers can continue from a state; None if some can.
+
+    Only what all of them share is looked at: the cache. Whether a family continues exactly is asked
+    of the family.
+    """
+    try:
+        from transformers.cache_utils import Cache, LinearAttentionLayer
+    except ImportError as error:
+        return f"it has no cache for recurrent layers (an import from {error.name} failed)"
+    if not hasattr(Cache, "reorder_cache") or not hasattr(LinearAttentionLayer, "reorder_cache"):
+        return "the rows of its caches cannot be selected (no reorder_cache)"
+    layer, inputs = LinearAttentionLayer(), torch.arange(6.0).view(1, 1, 6)
+    layer.update_conv_state(inputs[..., :4].clone())
+    if not torch.equal(layer.update_conv_state(inputs[..., 4:])[..., -6:], inputs):
+        return "the convolution's state is not put before a chunk of several tokens"
+    return None
+
+
+STATES = ("cache", "past_key_values", "cache_params", "state")
+"""The names under which released models take and give their state; the first since 5.24."""
+
+
+def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under all decorators, also where `kernels` made an object of it.
+
+    A decorator that renames arguments, or takes any, says nothing of what is taken in the end.
+    """
+    while (inner := beneath(function)) is not None:
+        function = inner
+    return getattr(function, "__func__", function)
+
+
+def beneath(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that a decorator was given; None where it is none that hands all of it on.
+
+    Not all of them say it, as `functools.wraps` does: then it is the one function that they hold.
+    """
+    function = getattr(type(function), "forward", function)  # An object of `kernels`.
+    wrapped: Callable[..., Any] | None = getattr(function, "__wrapped__", None)
+    code = getattr(function, "__code__", None)
+    takes_any = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+    if wrapped is not None or code is None or code.co_flags & takes_any != takes_any:
+        return wrapped
+    cells = getattr(function, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells if inspect.isfunction(cell.cell_contents)]
+    return held[0] if len(held) == 1 else None
+
+
+def parameters(function: Callable[..., Any]) -> Sequence[str]:
+    """The names of what a released function takes, in their order, under all decorators."""
+    return _parameters(innermost(function))
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found = inspect.signature(function).parameters.values()
+    return tuple(parameter.name for parameter in found if parameter.kind not in kinds)
+
+
+def forward_of(model: Any) -> Callable[..., Any]:
+    """The forward of a model that says under which name it takes its state.
+
+    That of the instance, if it has one that is not a wrapper of anything; else the first in the
+    classes: a subclass may hand its `**kwargs` on.
+    """
+    own: Callable[..., Any] | None = vars(model).get("forward")
+    if own is not None and parameters(own):
+        return own
+    forwards: list[Callable[..., Any]] = [
+        vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)
+    ]
+    return next((f for f in forwards if set(STATES) & set(parameters(f))), forwards[0])
+
+
+def state_argument(forward: Callable[..., Any]) -> str:
+    """The name under which a released forward takes its state.
+
+    Args:
+        forward: Of a model or of a layer.
+
+    Raises:
+        UnsupportedVersionError: It takes none of the known names. Any other would vanish in its
+            `**kwargs`, and the model would begin anew at each chunk.
+    """
+    return _one_of(STATES, parameters(forward), f"{innermost(forward).__qualname__} takes")
+
+
+def state_of(output: Mapping[str, Any]) -> Any:
+    """The state that a released model gives out.
+
+    Raises:
+        UnsupportedVersionError: It gives none under a known name.
+    """
+    return output[_one_of(STATES, list(output), f"{type(output).__name__} has")]
+
+
+def _one_of(names: Sequence[str], found: Sequence[str], what: str) -> str:
+    for name in names:
+        if name in found:
+            return name
+    raise UnsupportedVersionError(
+        f"transformers {transformers.__version__}: {what} {', '.join(found)}, and no state among "
+        "them",
+        f"a state that is named {', '.join(names[:-1])} or {names[-1]}",
+        'pip install "transformers>=5.15,<=5.24"',
+    )
+
+
+def modeling(model_type: str) -> Any:
+    """The module of a model type's classes in transformers; None where there is none."""
+    try:
+        return import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    except ModuleNotFoundError:
+        return None
+
+
+def require_support() -> None:
+    """Raise unless the installed transformers carries recurrent state.
+
+    Raises:
+        UnsupportedVersionError: It does not; the message says what the probe saw.
+    """
+    if reason := probe():
+        raise UnsupportedVersionError(
+            f"transformers {transformers.__version__}: {reason}",
+            "a transformers whose models continue exactly from their cache",
+            'pip install --upgrade "transformers>=5.15"',
+        )
