@@ -1069,9 +1069,9 @@ def test_help_names_every_option():
 
 
 def test_libraries_that_cannot_be_imported(monkeypatch):
-    for name in ("_embed", "_loading"):
-        monkeypatch.setitem(sys.modules, f"compat.{name}", None)
-    monkeypatch.delattr(compat, "_embed")
+    for name in ("embed", "loading"):
+        monkeypatch.setitem(sys.modules, f"compat.jobs.{name}", None)
+    monkeypatch.delattr(compat.jobs, "embed")
     line = refusal(*write_texts(9))
     assert "Found: libraries that cannot be imported (ModuleNotFoundError: " in line
 

@@ -43,6 +43,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ci.model import teacher
 from ci.model.data import CUT, DICTIONARY, OUT, pairs
+from compat.families import mamba2_kernels
 
 SEED = 0
 VOCABULARY = 16_384
