@@ -24,8 +24,12 @@ PYTEST = ["pytest", "-n", "auto", "--dist", "worksteal"]
 TREES = {library: f"forks/{library}/tree" for library in ["causal-conv1d", "mamba-ssm"]}
 # The patched libraries that need no compat; the tests that hold them to the laws without it.
 NATIVE = ["transformers", "sentence-transformers"]
-_LAWS = "stack laws_model laws_encode bad_input saved_default workers released"
-LAWS = [*(f"tests/test_{name}.py" for name in _LAWS.split()), "tests/kernels/test_fused_fork.py"]
+_HOOKS = "stack refusals stored_default workers"
+LAWS = [
+    *(f"tests/laws/test_{name}.py" for name in ["model", "encode", "released"]),
+    *(f"tests/hooks/test_{name}.py" for name in _HOOKS.split()),
+    "tests/kernels/test_fused_fork.py",
+]
 
 
 def install(session, *groups, extras="", pins="ci/constraints.txt"):
@@ -70,11 +74,13 @@ def test_kernels(session):
     # A rehearsal of test-gpu: a few examples of each law, which were drawn in full above.
     session.run(*PYTEST, "tests/gpu", "-k", "not thorough", env=OFFLINE | INTERPRET)
     tiny = ["--device", "cpu", "--layers", "2", "--hidden-size", "128", "--lengths", "64", "600"]
-    session.run("python", "-m", "ci.bench_gpu", *tiny, env=OFFLINE)
-    session.run("python", "-m", "ci.triton_aot")
+    session.run("python", "-m", "ci.bench.gpu", *tiny, env=OFFLINE)
+    session.run("python", "-m", "ci.kernels.triton_aot")
     if shutil.which("nvcc"):
         for tree in TREES.values():
-            session.run("python", "-m", "ci.registers", tree, "--arch", "sm_80", "sm_90", "sm_100")
+            session.run(
+                "python", "-m", "ci.kernels.registers", tree, "--arch", "sm_80", "sm_90", "sm_100"
+            )
     else:
         session.warn("CUDA sources were not compiled for a GPU: there is no nvcc on the PATH")
 
@@ -111,7 +117,7 @@ def test_gpu(session):
         session.run("pytest", *own, f"{scratch / library}/tests", env=OFFLINE)
     # The laws are about float32, which Triton would round to TF32 in matrix products.
     session.run("pytest", "tests/gpu", env=OFFLINE | {"TRITON_F32_DEFAULT": "ieee"})
-    session.run("python", "-m", "ci.bench_gpu", *session.posargs, env=OFFLINE)
+    session.run("python", "-m", "ci.bench.gpu", *session.posargs, env=OFFLINE)
 
 
 @nox.session(name="test-forks", default=False)
@@ -135,7 +141,7 @@ def test_upstream(session):
     """Upstream's own tests on the releases, on the forks, and on the releases with compat."""
     install(session, "upstream")
     for library in NATIVE:
-        session.run("python", "-m", "ci.upstream_tests", library, *session.posargs)
+        session.run("python", "-m", "ci.forks.upstream_tests", library, *session.posargs)
 
 
 @nox.session(name="test-hub-kernels", default=False)
@@ -143,7 +149,7 @@ def test_hub_kernels(session):
     """The hub kernels, built from the forks: under transformers' models on a CPU, and compiled."""
     install(session, "hub", pins="ci/constraints-hub.txt")
     session.run("python", "-m", "ci.forks", "propagate")
-    tests = session.posargs or ["tests/hub", "tests/test_propagate.py"]
+    tests = session.posargs or ["tests/hub", "tests/ci/test_hub_kernels.py"]
     session.run(*PYTEST, *tests, env=OFFLINE | INTERPRET)
     if session.posargs:
         return
@@ -157,7 +163,7 @@ def test_hub_kernels(session):
             options = ["--arch", "sm_80", "sm_90"]
             if kernel == "mamba-ssm":  # Its other sources are those of causal-conv1d.
                 options += ["--files", "selective*"]
-            session.run("python", "-m", "ci.registers", f"{folder}/tree", *options)
+            session.run("python", "-m", "ci.kernels.registers", f"{folder}/tree", *options)
         else:
             session.warn("CUDA sources were not compiled: there is no nvcc on the PATH")
 
@@ -166,7 +172,7 @@ def test_hub_kernels(session):
 def test_matrix(session):
     """compat on older releases of both libraries, and what it says of those that are too old."""
     install(session, "tests")
-    session.run("python", "-m", "ci.matrix", *session.posargs, env=OFFLINE)
+    session.run("python", "-m", "ci.tables.matrix", *session.posargs, env=OFFLINE)
 
 
 @nox.session(name="test-newest", default=False, reuse_venv=False)
@@ -188,7 +194,7 @@ def test_newest(session):
     names = sorted({Requirement(line).name for line in wanted} - {"torch"})
     session.install("--upgrade", f"torch=={options.torch or pinned}", *names)
     session.install("--no-deps", "-e", ".")
-    session.run("python", "-m", "ci.newest", *arguments, env=OFFLINE | INTERPRET)
+    session.run("python", "-m", "ci.tables.newest", *arguments, env=OFFLINE | INTERPRET)
 
 
 @nox.session(default=False)
@@ -202,7 +208,7 @@ def downstream(session):
 def test_fla(session):
     """Models of flash-linear-attention and xlstm, in Triton's interpreter: some minutes."""
     install(session, "tests", extras="[fla,xlstm]")
-    files = ["tests/test_fla.py", "tests/test_xlstm_large.py"]
+    files = ["tests/families/test_fla.py", "tests/families/test_xlstm_large.py"]
     session.run("pytest", *files, *session.posargs, env=OFFLINE | INTERPRET)
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import compat
 from ci import corpus
-from ci.measure import Measurement, free_bytes, measure
+from ci.bench.measure import Measurement, free_bytes, measure
 from compat.default_model import FOLDER, WEIGHTS_LABEL, load_default_model
 from compat.hooks import progress
 

@@ -7,9 +7,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from embedders import embedder, save_checkpoint
 from hypothesis import Phase, settings
-from stack import FORKS
+from support.embedders import embedder, save_checkpoint
+from support.stack import FORKS
 
 import compat
 import compat.ops

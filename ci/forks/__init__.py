@@ -24,9 +24,9 @@ in the tree by `git am --keep`, mend there what does not fit, and export.
 """
 
 from ci.forks._commands import check, export, patched, sources, status, sync
-from ci.forks._propagate import kernels, propagate
 from ci.forks._rebase import Rebased, rebase
 from ci.forks._release import ROOT, ForkError, libraries, stock
+from ci.forks.hub_kernels import kernels, propagate
 
 __all__ = [
     "ROOT",

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from ci import roadmap
+from ci.forks import roadmap
 from ci.forks._release import (
     ROOT,
     Fork,

@@ -43,7 +43,7 @@ class Fork:
         overlays: New files: path in the tree of each path in this repository.
         stand_ins: Files of the tree that stand for further files of this repository, where an
             overlay imports them: path in the tree of each path in this repository.
-        upstream_tests: Upstream's own files of tests, for `ci.upstream_tests`.
+        upstream_tests: Upstream's own files of tests, for `ci.forks.upstream_tests`.
         run_by: The file of this repository that runs, on a CPU, a file of tests of the patches
             that needs a GPU: path here of each path in the tree.
     """

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Literal
 from unittest import mock
 
-from ci.behaviour import PACKAGES
 from ci.forks._release import ROOT, Fork, ForkError
 from ci.forks._tree import git, start
+from ci.forks.behaviour import PACKAGES
 
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
 # The tests, and what they and their settings are read from.

@@ -9,8 +9,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from ci.forks._relative import Package, RewriteError
 from ci.forks._release import Fork, ForkError, fetched, unpack
+from ci.forks.relative_imports import Package, RewriteError
 
 # What a tree's own repository does not track: traces of running it.
 EXCLUDE = "__pycache__/\n.pytest_cache/\n/build/\n*.so\n"

@@ -23,9 +23,9 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 import compat
-from ci import readme
 from ci.model import teacher
 from ci.model.data import OUT, SIDES, Pair, Split, pairs
+from ci.tables import markers
 from compat.default_model import FOLDER, load_default_model
 
 CHUNK = 512
@@ -258,8 +258,8 @@ def main() -> None:
     (OUT / f"evaluation-{split}.json").write_text(json.dumps(found, indent=1))
     print(text := table(found))
     if options.readme:
-        for file in (readme.README, FOLDER / "README.md"):
-            readme.put("evaluation", text, file)
+        for file in (markers.README, FOLDER / "README.md"):
+            markers.put("evaluation", text, file)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ milliseconds before it sleeps. Alone that saves the time of waking. Beside other
 the cores from the very threads that are waited for. OMP_WAIT_POLICY is read when torch is imported,
 too late for a library to set it; but where libgomp has started more threads than there are CPUs,
 it spins a three-thousandth of that (its manual, GOMP_SPINCOUNT). So a few more of its threads are
-started here, which do nothing but sleep. `python -m ci.under_load` measures what that is worth.
+started here, which do nothing but sleep; `python -m ci.bench.under_load` measures what it is worth.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from embedders import text
-from tolerances import CHUNKED
+from support.embedders import text
+from support.tolerances import CHUNKED
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import compat

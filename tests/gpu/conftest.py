@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fused_packages import in_place, kernels
+from support.fused_packages import in_place, kernels
 
-from ci import emulation, forks, interpreter
+from ci import forks
+from ci.kernels import emulation, interpreter
 from compat.families import mamba2_kernels
 
 # With the interpreter, a machine with a GPU rehearses as well.

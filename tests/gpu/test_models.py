@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from embedders import embedder, save_checkpoint, text
-from families import tiny_model, tokens
-from fused_packages import transformers_own_path
-from tolerances import CHUNKED, COSINE
+from support.embedders import embedder, save_checkpoint, text
+from support.families import tiny_model, tokens
+from support.fused_packages import transformers_own_path
+from support.tolerances import CHUNKED, COSINE
 
 import compat
 

@@ -4,15 +4,16 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import test_ssd_laws as ssd
+from support.tolerances import KERNEL_SSD
+
+from tests.kernels import test_ssd_laws as ssd
 
 # Found by pytest as if they stood here; `kernel` calls the fixture below.
-from test_conv_laws import (
+from tests.kernels.test_conv_laws import (
     kernel,  # noqa: F401
     test_any_rows_are_as_in_the_recurrence,  # noqa: F401
     test_chunking_is_invisible,  # noqa: F401
 )
-from tolerances import KERNEL_SSD
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ if "kernels" not in packages_distributions():  # The folder tests/kernels can be
     collect_ignore_glob = ["test_*.py"]
 else:
     import pytest
-    from hub_kernels import released_functions
+    from support.hub_kernels import released_functions
 
     @pytest.fixture(autouse=True)
     def _no_kernel_afterwards():

@@ -7,20 +7,20 @@ import functools
 import json
 import shutil
 
-import hub_kernels as hub
 import pytest
 import torch
-from families import tiny_model, tokens
-from fused_packages import in_place, state_after
-from test_laws_model import in_chunks
-from test_models import ONE_GROUP
-from tolerances import CHUNKED, error
+from support import hub_kernels as hub
+from support.families import tiny_model, tokens
+from support.fused_packages import in_place, state_after
+from support.tolerances import CHUNKED, error
 from transformers.models.mamba2 import modeling_mamba2
 
 import compat
 from compat.families import exact, mamba2_probe, tiny_models
 from compat.families import mamba2 as _fused
 from compat.installed import hub_kernels as _hub
+from tests.hub.test_models import ONE_GROUP
+from tests.laws.test_model import in_chunks
 
 FUSED = "mamba_split_conv1d_scan_combined"
 IDS = tokens(2, 21)

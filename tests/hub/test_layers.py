@@ -11,19 +11,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import hub_kernels as hub
 import kernels
 import pytest
-import test_ssd_laws as laws
 import torch
-from conv_oracle import causal_conv1d
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import LocalLayerRepository
 from kernels.layer.layer import _validate_layer
-from selective_scan_oracle import selective_scan_oracle
-from ssd_oracle import error, scan
-from tolerances import KERNEL_CONV, KERNEL_SELECTIVE_SCAN, KERNEL_SSD
+from support import hub_kernels as hub
+from support.conv_oracle import causal_conv1d
+from support.selective_scan_oracle import selective_scan_oracle
+from support.ssd_oracle import error, scan
+from support.tolerances import KERNEL_CONV, KERNEL_SELECTIVE_SCAN, KERNEL_SSD
+
+from tests.kernels import test_ssd_laws as laws
 
 F32, BF16 = torch.float32, torch.bfloat16
 both = pytest.mark.parametrize("name", sorted(hub.LAYERS))

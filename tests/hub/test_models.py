@@ -5,17 +5,17 @@ Packing is stated where transformers takes it: in training, through `seq_idx`.
 
 import functools
 
-import hub_kernels as hub
-import oracle
 import pytest
 import torch
-from families import tiny_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_laws_model import alone, batches, in_chunks
-from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
+from support import hub_kernels as hub
+from support import oracle
+from support.families import tiny_model, tokens
+from support.tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
 
 from compat.installed.recurrent_cache import parameters, state_argument, state_of
+from tests.laws.test_model import alone, batches, in_chunks
 
 FEW = settings().max_examples // 3
 F32, BF16 = torch.float32, torch.bfloat16

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_kernels import LAYERS, tree
 from kernels._rust import Backend, Build
+from support.hub_kernels import LAYERS, tree
 
 
 @pytest.mark.parametrize("name", LAYERS)

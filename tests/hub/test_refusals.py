@@ -7,10 +7,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import hub_kernels as hub
 import pytest
 import torch
-from test_layers import layer
+from support import hub_kernels as hub
+
+from tests.hub.test_layers import layer
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 X, WEIGHT = torch.randn(2, 4, 6), torch.randn(4, 3)

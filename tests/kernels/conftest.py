@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from ci import emulation, forks
+from ci import forks
+from ci.kernels import emulation
 
 
 def pytest_collection_modifyitems(items):
@@ -43,7 +44,7 @@ def sanitized():
         environment = os.environ | emulation.sanitizer_environment()
     except emulation.Unavailable as reason:
         pytest.skip(str(reason))
-    folders = [forks.ROOT, forks.ROOT / "tests", forks.ROOT / "tests" / "kernels"]
+    folders = [forks.ROOT, forks.ROOT / "tests"]
     environment["PYTHONPATH"] = os.pathsep.join(map(str, folders))
 
     def run(code, *arguments):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conv_oracle import causal_conv1d as oracle
-from tolerances import KERNEL_CONV, KERNEL_CONV_SUMMED
+from support.conv_oracle import causal_conv1d as oracle
+from support.tolerances import KERNEL_CONV, KERNEL_CONV_SUMMED
 
-from ci import emulation, forks
+from ci import forks
+from ci.kernels import emulation
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +83,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from ci import emulation
+from ci.kernels import emulation
 torch.set_num_threads(1)
 conv = emulation.causal_conv1d(Path(sys.argv[2]), sanitize=True, types=[("float", "float")])
 print("loaded", flush=True)

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conv_oracle import causal_conv1d
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import KERNEL_CONV, KERNEL_CONV_SUMMED
+from support.conv_oracle import causal_conv1d
+from support.tolerances import KERNEL_CONV, KERNEL_CONV_SUMMED
 
-from ci import emulation, forks
+from ci import forks
+from ci.kernels import emulation
 
 # The other examples of each law are slow.
 QUICK = re.compile(r"quick")

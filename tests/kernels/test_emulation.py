@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ci import emulation, forks
-from ci.emulation import _build, _load
+from ci import forks
+from ci.kernels import emulation
+from ci.kernels.emulation import _build, _load
 
 ORDERS = [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)]
 
@@ -434,8 +435,8 @@ SANITIZED = """
 import sys
 from pathlib import Path
 import torch
-from test_emulation import run, channel_first, channel_last
-from ci import emulation
+from tests.kernels.test_emulation import run, channel_first, channel_last
+from ci.kernels import emulation
 torch.set_num_threads(1)
 conv = emulation.causal_conv1d(Path(sys.argv[1]), sanitize=True, types=[("float", "float")])
 run(conv, **channel_first(600, "silu"))

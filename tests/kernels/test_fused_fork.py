@@ -1,18 +1,21 @@
 """`use_fused_scan` of the fork of transformers, with the patched kernels themselves: mamba-ssm's
 under Triton's interpreter, causal-conv1d's CUDA sources on the emulation. `nox -s test-forks` runs
-it; with the operation in plain torch: tests/test_released.py and the fork's own tests.
+it; with the operation in plain torch: tests/laws/test_released.py and the fork's own tests.
 """
 
 import importlib
 import sys
 
-import oracle
 import pytest
 import torch
-from families import tiny_model, tokens
-from fused_packages import kernels
-from stack import FORKS
-from test_released import (
+from support import oracle
+from support.families import tiny_model, tokens
+from support.fused_packages import kernels
+from support.stack import FORKS
+from support.tolerances import CHUNKED, HIDDEN, KERNEL_SSD, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
+
+from ci.kernels import interpreter
+from tests.laws.test_released import (
     BIAS,
     CASES,
     DROP,
@@ -22,9 +25,6 @@ from test_released import (
     families_of,
     in_chunks,
 )
-from tolerances import CHUNKED, HIDDEN, KERNEL_SSD, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
-
-from ci import interpreter
 
 if not FORKS:
     pytest.skip("needs the fork of transformers: nox -s test-forks", allow_module_level=True)

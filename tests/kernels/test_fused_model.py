@@ -1,19 +1,20 @@
 """Models on the fused path, with the kernels themselves: mamba-ssm's under Triton's interpreter,
-causal-conv1d's CUDA sources on the emulation. When the path is taken: tests/test_fused.py.
+causal-conv1d's CUDA sources on the emulation. tests/families/test_mamba2_kernels.py says when the
+path is taken.
 """
 
 import functools
 import importlib
 
-import oracle
 import pytest
 import torch
-from families import tiny_model, tokens
-from fused_packages import in_place, kernels, state_after, transformers_own_path
-from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
+from support import oracle
+from support.families import tiny_model, tokens
+from support.fused_packages import in_place, kernels, state_after, transformers_own_path
+from support.tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
 
 import compat
-from ci import interpreter
+from ci.kernels import interpreter
 from compat.families import mamba2, mamba2_kernels
 
 if reason := interpreter.unavailable():

@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_propagate import schemas, tree_of
-from test_selective_scan import quick
+
+from tests.ci.test_hub_kernels import schemas, tree_of
+from tests.kernels.test_selective_scan import quick
 
 _names = (f"hub_kernel_{number}" for number in itertools.count())
 

@@ -1,11 +1,12 @@
-"""ci.registers: what it compiles, and what it calls worse. The compiler itself runs elsewhere."""
+"""`ci.kernels.registers`: what it compiles, and what it calls worse, without a compiler."""
 
 import re
 
 import pytest
 
-from ci import forks, registers
-from ci.registers import Kernel, Use
+from ci import forks
+from ci.kernels import registers
+from ci.kernels.registers import Kernel, Use
 
 LOG = """
 ptxas info    : Compiling entry function '_Z3oneI{0}Li128ELb1EEvPT_' for 'sm_80'

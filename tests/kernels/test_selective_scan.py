@@ -12,11 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selective_scan_oracle import selective_scan_oracle
-from tolerances import KERNEL_SELECTIVE_SCAN
+from support.selective_scan_oracle import selective_scan_oracle
+from support.tolerances import KERNEL_SELECTIVE_SCAN
 
-from ci import emulation, forks
-from ci.emulation import selective_scan
+from ci import forks
+from ci.kernels import emulation
+from ci.kernels.emulation import selective_scan
 
 QUICK_SIZES = ((32, 4), (128, 16))
 TYPES = (
@@ -502,8 +503,8 @@ def misreading(**options):
 SANITIZED = """
 import sys
 import torch
-from ci import emulation
-from test_selective_scan import inputs, kernel, misreading, results
+from ci.kernels import emulation
+from tests.kernels.test_selective_scan import inputs, kernel, misreading, results
 torch.set_num_threads(1)
 scan = kernel(misreading(sanitize=True))
 for seqlen in (1, 100, 127, 128):

@@ -12,14 +12,15 @@ import sys
 from dataclasses import dataclass, replace
 
 import pytest
-import ssd_oracle as oracle
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from ssd_oracle import error
-from tolerances import KERNEL_SSD, KERNEL_SSD_SLACK, NO_WORSE_FACTOR
+from support import ssd_oracle as oracle
+from support.ssd_oracle import error
+from support.tolerances import KERNEL_SSD, KERNEL_SSD_SLACK, NO_WORSE_FACTOR
 
-from ci import forks, interpreter
+from ci import forks
+from ci.kernels import interpreter
 
 PAD = -1
 BF16 = torch.bfloat16

@@ -9,8 +9,11 @@ import itertools
 
 import pytest
 import torch
-from ssd_oracle import error
-from test_ssd_laws import (
+from support.ssd_oracle import error
+from support.tolerances import KERNEL_SSD
+
+from ci.kernels import interpreter
+from tests.kernels.test_ssd_laws import (
     BF16,
     PAD,
     PER_TOKEN,
@@ -24,9 +27,6 @@ from test_ssd_laws import (
     oracle,
     results,
 )
-from tolerances import KERNEL_SSD
-
-from ci import interpreter
 
 ID_0 = "the initial state is taken to belong to sequence 0, in the forward and in the backward pass"
 DECAYS = "dt at padding decays the state on its way to the first token"

@@ -6,9 +6,9 @@ The files are read from the patched tree, and run as they are but for the device
 import re
 
 import pytest
-from test_selective_scan import full
 
 from ci import forks
+from tests.kernels.test_selective_scan import full
 
 pytestmark = pytest.mark.slow
 FILES = ("ops/test_selective_scan_states.py", "modules/test_mamba_simple.py")

@@ -15,7 +15,8 @@ from unittest import mock
 import pytest
 import torch
 
-from ci import forks, interpreter
+from ci import forks
+from ci.kernels import interpreter
 
 pytestmark = pytest.mark.slow
 if reason := interpreter.unavailable():

@@ -1,0 +1,200 @@
+"""What `ci.bench` lets compete: models with random weights, and ways to read a text with them."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import Linear
+from torch.nn.functional import linear
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+import compat
+from ci.bench.measure import measure
+from compat.installed.recurrent_cache import state_argument, state_of
+from compat.ops import using
+
+FLOOR, NORMS, TRANSFORMER, RELEASED = "floor", "norms", "GPT-NeoX", "released"
+FULL, BATCH = ", full pass", ", batch of 8"
+READERS = ("native", "torch", RELEASED)
+"""What a model runs on: the ops of compat, on their kernels or in plain torch, or transformers."""
+
+_VOCABULARY = 256  # A larger one would cost memory, and no time.
+
+Read = Callable[[int], int]
+"""Reads texts of which the longest has so many tokens; returns the tokens of all of them."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Models and texts; as they stand, Mamba2 130M and those that compete with it."""
+
+    layers: int = 24  # Of Mamba-1 and Mamba2; the other models have half as many.
+    hidden_size: int = 768  # Of all models; a head of Mamba2 or of attention is of size 64.
+    state_size: int = 128  # Of Mamba2.
+    chunk: int = 512  # The vertical chunk size.
+    text: int = 8192
+    short: int = 4096  # For models whose released scan is slow.
+    lengths: tuple[int, ...] = (2048, 8192, 32_768, 131_072)  # Read once, with the memory measured.
+    rounds: int = 3
+
+
+SMOKE = Sizes(4, 128, 16, chunk=64, text=256, short=128, lengths=(128, 256), rounds=1)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to read, in words that can be sent to another process."""
+
+    name: str  # Of the constants above: a reader, perhaps with FULL or BATCH, or another.
+    tokens: int  # Of the longest text.
+    rounds: int
+    model: str = "mamba2"  # The model type; of a transformer, that of its opponent.
+    dtype: str = "float32"
+
+
+@dataclass
+class Timing:
+    """How a contender did."""
+
+    contender: str
+    tokens: int  # Of all texts of one round.
+    seconds: list[float]  # Of each round.
+    peak_bytes: int | None = None  # Above the loaded model; None where others ran beside it.
+
+
+def compete(contenders: list[Contender], sizes: Sizes, threads: int) -> list[Timing]:
+    """Run contenders in turn, in one fresh process; measure the memory where one is alone."""
+    found = measure(functools.partial(_prepare, contenders, sizes, threads), _alternate)
+    peak = found.peak_bytes if len(contenders) == 1 else None
+    return [replace(timing, peak_bytes=peak) for timing in found.result]
+
+
+def _prepare(
+    contenders: list[Contender], sizes: Sizes, threads: int
+) -> list[tuple[Contender, Read]]:
+    """Make the models, and read a little with each."""
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    ready = [(contender, reader(contender, sizes)) for contender in contenders]
+    # Where memory is measured, less than a chunk: what a chunk leaves behind would not be seen.
+    few = 16 if len(contenders) == 1 else 2 * sizes.chunk
+    for contender, read in ready:
+        read(min(few, contender.tokens))
+    return ready
+
+
+def _alternate(ready: list[tuple[Contender, Read]]) -> list[Timing]:
+    timings = [Timing(contender.name, 0, []) for contender, _ in ready]
+    for done in range(max(contender.rounds for contender, _ in ready)):
+        for timing, (contender, read) in zip(timings, ready, strict=True):
+            if done < contender.rounds:
+                start = time.perf_counter()
+                timing.tokens = read(contender.tokens)
+                timing.seconds.append(time.perf_counter() - start)
+    return timings
+
+
+def reader(contender: Contender, sizes: Sizes) -> Read:
+    """Make the contender's model, once in a process, and return how it reads."""
+    name = contender.name
+    own = "gpt_neox" if name == TRANSFORMER else contender.model
+    model = make_model(own, sizes, contender.dtype)
+    ways: dict[str, Callable[[PreTrainedModel, int, int], int]] = {
+        FLOOR: _projections,
+        NORMS: _norms,
+        TRANSFORMER: _released_full,
+        RELEASED: _released_in_chunks if own in ("mamba2", "xlstm") else _released_full,
+    }
+    rows = 8 if name.endswith(BATCH) else 1
+    ours = functools.partial(_ours, name.removesuffix(BATCH).removesuffix(FULL), rows)
+
+    def read(tokens: int) -> int:
+        with torch.no_grad():
+            return ways.get(name, ours)(model, tokens, tokens if FULL in name else sizes.chunk)
+
+    return read
+
+
+@functools.cache
+def make_model(model_type: str, sizes: Sizes, dtype: str) -> PreTrainedModel:
+    """A model with random weights, by default of the shape of the published one."""
+    hidden, heads = sizes.hidden_size, sizes.hidden_size // 64
+    own: dict[str, dict[str, Any]] = {
+        "mamba2": {"num_heads": 2 * heads, "n_groups": 1, "state_size": sizes.state_size}
+        | {"head_dim": 64, "rescale_prenorm_residual": False},
+        "mamba": {},
+        "rwkv": {"context_length": sizes.text},
+        "xlstm": {"num_heads": 4},
+        "gpt_neox": {"num_attention_heads": heads, "intermediate_size": 4 * hidden}
+        | {"max_position_embeddings": max(sizes.lengths)},
+    }
+    layers = sizes.layers if model_type.startswith("mamba") else sizes.layers // 2
+    common = {"num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": _VOCABULARY}
+    config = AutoConfig.for_model(model_type, **common, **own[model_type])
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModel.from_config(config, dtype=getattr(torch, dtype))
+    model.eval()
+    return model
+
+
+def _ids(rows: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, _VOCABULARY, (rows, tokens), generator=generator)
+
+
+def _ours(backend: Any, rows: int, model: PreTrainedModel, tokens: int, size: int) -> int:
+    """Through compat's chunk loop; each row is half as long as the one before it."""
+    lengths = torch.tensor([max(tokens >> row, 1) for row in range(rows)])
+    mask = torch.arange(tokens) < lengths[:, None]
+    with using(backend):
+        compat.last_hidden_state(
+            model, input_ids=_ids(rows, tokens), attention_mask=mask, vertical_chunk_size=size
+        )
+    return int(lengths.sum())
+
+
+def _released_full(model: PreTrainedModel, tokens: int, _size: int) -> int:
+    model(input_ids=_ids(1, tokens), use_cache=False)
+    return tokens
+
+
+def _released_in_chunks(model: PreTrainedModel, tokens: int, size: int) -> int:
+    state, name = None, state_argument(model.forward)
+    for ids in _ids(1, tokens).split(size, 1):
+        state = state_of(model(input_ids=ids, use_cache=True, **{name: state}))
+    return tokens
+
+
+def _projections(model: PreTrainedModel, tokens: int, size: int) -> int:
+    """The floor: the products with the weights of all linear layers, and nothing else."""
+    weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
+    for start in range(0, tokens, size):
+        for weight in weights:
+            linear(_inputs(min(size, tokens - start), weight), weight)
+    return tokens
+
+
+def _norms(model: PreTrainedModel, tokens: int, size: int) -> int:
+    """The norms before the mixers: a part of a layer that is left as it was released."""
+    layers: Any = model.layers
+    for start in range(0, tokens, size):
+        for layer in layers:
+            layer.norm(_inputs(min(size, tokens - start), layer.norm.weight))
+    return tokens
+
+
+@functools.cache
+def _random(tokens: int, channels: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(1, tokens, channels).to(dtype)
+
+
+def _inputs(tokens: int, weight: Tensor) -> Tensor:
+    """Random inputs for a weight (..., channels), made once: (1, tokens, channels)."""
+    return _random(tokens, weight.shape[-1], weight.dtype)

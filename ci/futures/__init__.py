@@ -1,0 +1,1 @@
+"""Models on mutated sources of transformers: `python -m ci.futures`."""

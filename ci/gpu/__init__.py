@@ -1,0 +1,1 @@
+"""The kernels on a machine with a GPU."""

@@ -1,0 +1,1 @@
+"""Tables of what works: by family, by older release, by the newest."""

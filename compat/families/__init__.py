@@ -1,0 +1,1 @@
+"""How each family of models carries its state, and which are supported."""

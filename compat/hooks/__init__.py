@@ -1,0 +1,1 @@
+"""The switch, and the hooks into sentence-transformers."""

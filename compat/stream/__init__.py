@@ -1,0 +1,1 @@
+"""Tokens in chunks through a model, and pooling over them."""

@@ -1,0 +1,65 @@
+"""Small SentenceTransformers with a real fast tokenizer, made on the spot."""
+
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from support.families import tiny_model
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,:"
+
+
+def character_tokenizer(padding_side="right", end_of_text=False):
+    """One token a character (64 ids at most); `end_of_text` adds a last token to every text."""
+    names = ["<pad>", "<end>", "<unk>", *ALPHABET]
+    backend = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    if end_of_text:
+        backend.post_processor = processors.TemplateProcessing(
+            single="$A <end>", special_tokens=[("<end>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        padding_side=padding_side,
+    )
+
+
+def save_checkpoint(
+    folder, model_type="mamba2", *, padding_side="right", end_of_text=False, dtype=torch.float32
+) -> str:
+    """Save a tiny transformers model with its tokenizer, as `SentenceTransformer` loads it."""
+    folder = Path(folder)
+    tiny_model(model_type, dtype=dtype).save_pretrained(folder)
+    character_tokenizer(padding_side, end_of_text).save_pretrained(folder)
+    return str(folder)
+
+
+def embedder(checkpoint, *modules, pooling="mean", include_prompt=True) -> SentenceTransformer:
+    """Transformer, then `modules`, or a Pooling where there are none."""
+    transformer = Transformer(checkpoint)
+    if not modules:
+        width = transformer.get_embedding_dimension()
+        modules = (Pooling(width, pooling, include_prompt=include_prompt),)
+    return SentenceTransformer(modules=[transformer, *modules], device="cpu")
+
+
+def text(length: int, seed: int = 0) -> str:
+    """Random characters; the first and last are letters."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + length)
+    picks = torch.randint(26, (length,), generator=generator).tolist()
+    return "".join(ALPHABET[i] for i in picks)
+
+
+def record_widths(model):
+    """A list that grows by the width of every batch of tokens that the model reads."""
+    widths = []
+    embeddings = model.transformers_model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    return widths
