@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from ci import forks
-from ci.forks import __main__, _propagate, _tree
+from ci.forks import __main__, _tree, hub_kernels
 
 FORK = {
     "LICENSE": "MIT\n",
@@ -135,7 +135,9 @@ def root(tmp_path, monkeypatch):
     write(tmp_path, OVERLAYS)
     _tree.git(fork, "init", "-q")
     _tree.git(fork, "add", "--all")
-    monkeypatch.setattr(_propagate, "patched", lambda library, root: root / f"forks/{library}/tree")
+    monkeypatch.setattr(
+        hub_kernels, "patched", lambda library, root: root / f"forks/{library}/tree"
+    )
     return tmp_path
 
 
