@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from sentence_transformers.sentence_transformer.modules import Pooling
 
 Features = dict[str, Any]
+Hold = Callable[[], AbstractContextManager[None]]
 T = TypeVar("T")
 
 
@@ -97,12 +98,6 @@ def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
         variable.reset(token)
 
 
-def _held() -> AbstractContextManager[None]:
-    from compat.hooks.switch import held
-
-    return held()
-
-
 def installed() -> bool:
     """Whether sentence-transformers can be imported."""
     return importlib.util.find_spec("sentence_transformers") is not None
@@ -115,8 +110,11 @@ def is_native() -> bool:
     return KEYWORD in inspect.signature(SentenceTransformer.encode).parameters
 
 
-def plan() -> list[Patch]:
+def plan(held: Hold) -> list[Patch]:
     """The class attributes to replace, after a look at all that the replacements rely on.
+
+    Args:
+        held: Holds the hooks for the length of a `with` block.
 
     Returns:
         Nothing where the library is not installed or does it itself.
@@ -139,8 +137,8 @@ def plan() -> list[Patch]:
         raise _unsupported(str(error)) from error
     hooks: dict[type, dict[str, Callable[[Any], Callable[..., Any]]]] = {
         SentenceTransformer: {
-            "encode": _encode,
-            "forward": _forward,
+            "encode": functools.partial(_encode, held),
+            "forward": functools.partial(_forward, held),
             "get_model_kwargs": _get_model_kwargs,
             "_inference": _inference,
             "_multi_process": _multi_process,
@@ -193,7 +191,7 @@ def _takes_keywords(function: Callable[..., Any]) -> bool:
 # From encode to the modules.
 
 
-def _encode(original: Callable[..., Any]) -> Callable[..., Any]:
+def _encode(held: Hold, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def encode(self: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
         size = kwargs.get(KEYWORD)
@@ -209,7 +207,7 @@ def _encode(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         kwargs[KEYWORD] = Size(check_chunk_size(size))
         # Another thread may take the hooks out while this call runs, or before it has begun.
-        with _held(), _set(encoding, True), told_once(self, task):
+        with held(), _set(encoding, True), told_once(self, task):
             return original(self, *args, **kwargs)
 
     signature = inspect.signature(original)
@@ -294,7 +292,7 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
     return _inference
 
 
-def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
+def _forward(held: Hold, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
         size = kwargs.get(KEYWORD)
@@ -312,7 +310,7 @@ def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
         _check_forward(self, features)
         check_modules(self, True, task)
         with (
-            _held(),
+            held(),
             progress.opened(0, show=False) as bar,
             _set(_inferring, True),
             _set(_run, _Run(check_chunk_size(size), True, bar)),

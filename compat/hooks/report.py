@@ -5,6 +5,7 @@ What a type of model runs on is asked by running its mixers, so it is looked up 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
@@ -139,7 +140,7 @@ def sentence_transformers_status(patched: bool) -> LibraryStatus:
         return library_status(name, "native", "this release has vertical_chunk_size itself")
     reason = "hooks not installed: call compat.enable_vertical_chunking()"
     try:
-        encoder.plan()
+        encoder.plan(nullcontext)
     except UnsupportedVersionError as error:
         reason = error.found
     return library_status(name, "absent", reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,8 +12,13 @@ from compat.families import mamba2
 from compat.families.lookup import family_patches
 from compat.hooks import encoder
 from compat.hooks.report import Report, sentence_transformers_status, transformers_status
+from compat.hooks.size import Share, Size, encoding
 from compat.installed import recurrent_cache
 from compat.installed.patches import Patches
+
+# A worker process without the hooks would take the argument, ignore it, and read whole texts.
+for _kind in (Size, Share):
+    copyreg.pickle(_kind, lambda size: (_receive, (type(size), int(size))))
 
 _lock = threading.RLock()
 _holders = 0
@@ -52,7 +58,7 @@ def _put_in() -> tuple[ExitStack, Patches]:
             with suppress(UnsupportedVersionError):  # Chunks of that family raise it.
                 stack.enter_context(family)
         stack.enter_context(mamba2.full_passes())
-        patches = Patches(encoder.plan())
+        patches = Patches(encoder.plan(held))
         return stack.pop_all(), patches
 
 
@@ -102,6 +108,12 @@ def vertical_chunking() -> Iterator[Report]:
     """
     with held():
         yield status()
+
+
+def _receive(kind: type[Size], size: int) -> Size:
+    if not encoding.get():  # Else the running call holds the hooks, and they end with it.
+        enable_vertical_chunking()
+    return kind(size)
 
 
 def status() -> Report:

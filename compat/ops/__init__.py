@@ -1,8 +1,19 @@
 """Operators of recurrent models that are fast on a CPU, and what they run on."""
 
-from compat.ops import mamba2, mamba2_native
+from compat.ops import compiled, mamba1, mamba2, mamba2_native, mamba2_scan, rwkv4, waiting
 from compat.ops.chosen import Backend, backend, describe, using
 
-__all__ = ["Backend", "backend", "describe", "using"]
+__all__ = [
+    "Backend",
+    "backend",
+    "compiled",
+    "describe",
+    "mamba1",
+    "mamba2",
+    "mamba2_scan",
+    "rwkv4",
+    "using",
+    "waiting",
+]
 
 mamba2.accelerated = mamba2_native.forward

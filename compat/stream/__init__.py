@@ -1,1 +1,6 @@
-"""Tokens in chunks through a model, and pooling over them."""
+"""Tokens in chunks through a model, and pooling over them.
+
+Other rooms use the modules of `__all__`; the others are the room's own.
+"""
+
+__all__ = ["loop", "pooling"]

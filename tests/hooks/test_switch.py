@@ -2,7 +2,7 @@
 
 import inspect
 import pickle
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -343,9 +343,9 @@ def test_an_old_transformers_is_refused_with_and_without_hooks(monkeypatch, mode
         assert set(states(compat.status()).values()) == {"absent"}
 
 
-@pytest.mark.parametrize("nth", range(len(encoder.plan()) + 1))
+@pytest.mark.parametrize("nth", range(len(encoder.plan(nullcontext)) + 1))
 def test_a_write_that_fails_in_the_middle_is_rolled_back(monkeypatch, nth):
-    planned = encoder.plan()
+    planned = encoder.plan(nullcontext)
     planned.insert(nth, (int, "vertical_chunk_size", None))  # int refuses to be written to.
     with untouched():
         with monkeypatch.context() as patch:
