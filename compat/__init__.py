@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from compat.default_model import load_default_model
     from compat.errors import (
         UnsupportedModelError,
         UnsupportedPipelineError,
@@ -44,12 +45,14 @@ __all__ = [
     "enable_vertical_chunking",
     "iter_chunks",
     "last_hidden_state",
+    "load_default_model",
     "status",
     "supported_models_table",
     "vertical_chunking",
 ]
 
 _HOMES = {
+    "default_model": ["load_default_model"],
     "stream.loop": ["iter_chunks", "last_hidden_state"],
     "errors": [
         "UnsupportedModelError",

@@ -1,8 +1,8 @@
 """Time and memory against what else there is: `python -m ci.bench [--only NAME ...] [--readme]`.
 
 Each comparison runs in a process of its own, where the contenders take turns; where the peak of
-memory is measured, in one process for each text. Writes bench.json, plots, and README.md, which
-`--readme` also puts into the project's own. Exit status 1 if the memory depends on the length of
+memory is measured, in one process for each text. Writes bench.json, plots, and README.md,
+which `--readme` also puts into RESULTS.md. Exit status 1 if the memory depends on the length of
 the text; times fail nothing.
 """
 
@@ -91,7 +91,7 @@ memory is that above the loaded model, for {lengths} tokens (native) and the fir
 """
 LEFT_OUT = (
     "mamba-scan-lite 0.2.0 is not among them: it replaces `Zamba2MambaMixer.torch_forward` and "
-    "nothing else, which transformers 5.23 neither has nor calls, so importing it changes nothing."
+    "nothing else, which transformers 5.24 neither has nor calls, so importing it changes nothing."
 )
 
 
@@ -183,7 +183,7 @@ def lines(name: str, run: list[Timing]) -> list[str]:
 
 
 def section(report: dict[str, Any], runs: Runs, sizes: Sizes) -> str:
-    """The README's section, in Markdown."""
+    """The section of RESULTS.md."""
     days = sorted(date[:10] for date in report["dates"].values())
     about = ABOUT.format(
         date=" to ".join(dict.fromkeys([days[0], days[-1]])),
@@ -224,7 +224,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=names, metavar="NAME", help=only)
     parser.add_argument("--output", type=Path, default=Path("bench-out"), metavar="DIR")
-    parser.add_argument("--readme", action="store_true", help="write the project's README, too")
+    parser.add_argument("--readme", action="store_true", help="write ci/bench/RESULTS.md, too")
     parser.add_argument("--smoke", action="store_true", help="tiny models and texts, one round")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(arguments)
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plots.draw(runs, output)
     print(f"\n{text}\n\nWritten to {output}.")
     if options.readme:
-        markers.put("bench", text)
+        markers.put("bench", text, markers.BENCH)
     own = peaks(runs, "native") or peaks(runs, "torch")
     if own and max(own) - min(own) > ALLOWED_SPREAD:
         print(f"The peaks of memory are more than {ALLOWED_SPREAD / 1e6:.0f} MB apart.")

@@ -26,7 +26,7 @@ import compat
 from ci.model import teacher
 from ci.model.data import OUT, SIDES, Pair, Split, pairs
 from ci.tables import markers
-from compat.default_model import FOLDER, load_default_model
+from compat.default_model import load_default_model
 
 CHUNK = 512
 SHORT, LONG = 1200, 80  # So many pairs of a kind are used, at most.
@@ -249,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, metavar="DIR", help="the default model by default")
     parser.add_argument("--validation", action="store_true", help="on what is kept to choose by")
-    parser.add_argument("--readme", action="store_true", help="write README.md and the card, too")
+    parser.add_argument("--readme", action="store_true", help="write the card, too")
     options = parser.parse_args()
     path: Path | None = options.model
     model = SentenceTransformer(str(path), device="cpu") if path else load_default_model()
@@ -258,8 +258,7 @@ def main() -> None:
     (OUT / f"evaluation-{split}.json").write_text(json.dumps(found, indent=1))
     print(text := table(found))
     if options.readme:
-        for file in (markers.README, FOLDER / "README.md"):
-            markers.put("evaluation", text, file)
+        markers.put("evaluation", text, markers.EVALUATION)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's table of model families, measured: `python -m ci.tables.families`.
+"""Measure every family of models: `python -m ci.tables.families [--readme]`.
 
 The models are the tests' tiny ones, with random weights, in float32. A batch is read through the
 model's own cache by the released library, and by compat, in chunks of several tokens with a last
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import compat
+from ci.tables import markers
 from compat.families.lookup import FAMILIES
 
 TESTS = Path(__file__).parents[2] / "tests"
@@ -70,8 +71,8 @@ def verdict(plain: float, padded: float, right: float) -> str:
     return f"**fails**{where}" if found == float("inf") else f"**wrong**{where}, {found:.1g}"
 
 
-def main() -> int:
-    """Print the table as Markdown, and return the exit status."""
+def main(into_file: bool = False) -> int:
+    """Print the table as Markdown, write it if asked to, and return the exit status."""
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".* has attention layers")
     torch.set_num_threads(1)
@@ -87,8 +88,11 @@ def main() -> int:
     ]
 
     status = 0
-    print("| model type | released, in chunks | with compat | state that grows with the text |")
-    print("|---|---|---|---|")
+    lines = [
+        "| model type | released, in chunks | with compat | state that grows with the text |",
+        "|---|---|---|---|",
+    ]
+    print(*lines, sep="\n", flush=True)
     # Without attention first.
     for name, family in sorted(FAMILIES.items(), key=lambda item: (item[1].grows, item[0])):
         model = tiny_model(name)
@@ -98,9 +102,12 @@ def main() -> int:
             cells.append(verdict(errors[0], errors[1], right))
         status |= max(errors) > right
         grows = "keys and values of attention" if family.grows else "no"
-        print(f"| {name} | {cells[0]} | {cells[1]} | {grows} |", flush=True)
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {grows} |")
+        print(lines[-1], flush=True)
+    if into_file:
+        markers.put("families", "\n".join(lines), markers.MODELS)
     return int(status)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main("--readme" in sys.argv[1:]))

@@ -1,20 +1,22 @@
-"""The parts of README.md, and of others, that programs write: each between two markers."""
+"""Write the parts of Markdown files that programs make: each stands between two markers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+_ROOT = Path(__file__).parents[2]
+EVALUATION = _ROOT / "compat" / "default_model" / "README.md"
+BENCH = _ROOT / "ci" / "bench" / "RESULTS.md"
+MODELS = _ROOT / "compat" / "families" / "README.md"
 
 
-def put(section: str, text: str, path: Path | None = None) -> None:
-    """Replace what stands between the two markers of a section, by default in README.md.
+def put(section: str, text: str, path: Path) -> None:
+    """Replace what stands between the two markers of a section of a file.
 
     Raises:
         ValueError: The file does not have both markers.
     """
     begin, end = f"<!-- {section} -->", f"<!-- /{section} -->"
-    path = path or README
     before, found_begin, rest = path.read_text().partition(begin)
     _, found_end, after = rest.partition(end)
     if not found_begin or not found_end:

@@ -1,6 +1,6 @@
-"""What compat can do with which releases: `python -m ci.tables.matrix` prints the README's table.
+"""Say what compat can do with which releases: `python -m ci.tables.matrix` prints a table.
 
-With `--readme` it is written there, too.
+With `--readme` it is written into compat/families/README.md, too.
 
 Each environment is a virtual environment that takes torch and all else from the one that runs
 this, and brings its own transformers and sentence-transformers. In each, every family is read in
@@ -217,8 +217,8 @@ def row(found: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main(into_readme: bool = False) -> int:
-    """Print the table, write it into the README if asked to, and return the exit status."""
+def main(into_file: bool = False) -> int:
+    """Print the table, write it if asked to, and return the exit status."""
     lines = [
         "| transformers | sentence-transformers | models, of those it has | encode |",
         "|---|---|---|---|",
@@ -237,8 +237,8 @@ def main(into_readme: bool = False) -> int:
         lines.append(row(found))
         print(lines[-1], flush=True)
         wrong += faults(found)
-    if into_readme:
-        markers.put("matrix", "\n".join(lines))
+    if into_file:
+        markers.put("matrix", "\n".join(lines), markers.MODELS)
     for fault in wrong:
         print(fault, file=sys.stderr)
     return int(bool(wrong))

@@ -206,10 +206,10 @@ def test_only_merges_with_what_is_there(tmp_path, measured, capsys):
     assert "begun anew" in capsys.readouterr().out
 
 
-def test_the_readme_gets_the_section_between_its_markers(tmp_path, measured, monkeypatch):
+def test_the_results_get_the_section_between_their_markers(tmp_path, measured, monkeypatch):
     path = tmp_path / "PROJECT.md"
     path.write_text("before\n\n<!-- bench -->\nold\n<!-- /bench -->\n\nafter\n")
-    monkeypatch.setattr(markers, "README", path)
+    monkeypatch.setattr(markers, "BENCH", path)
     options = ["--smoke", "--readme", "--output", str(tmp_path), "--only", "batch"]
     assert bench.main(options) == bench.main(options) == 0
     section = (tmp_path / "README.md").read_text()
