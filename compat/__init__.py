@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         status,
         vertical_chunking,
     )
-    from compat.stream.loop import iter_chunks, last_hidden_state
+    from compat.stream.hidden_states import iter_chunks, last_hidden_state
 
 __all__ = [
     "LibraryStatus",
@@ -53,7 +53,7 @@ __all__ = [
 
 _HOMES = {
     "default_model": ["load_default_model"],
-    "stream.loop": ["iter_chunks", "last_hidden_state"],
+    "stream.hidden_states": ["iter_chunks", "last_hidden_state"],
     "errors": [
         "UnsupportedModelError",
         "UnsupportedPipelineError",

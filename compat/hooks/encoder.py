@@ -39,8 +39,11 @@ from compat.hooks.stored_default import (
     warn_of_whole_texts,
 )
 from compat.installed.patches import Patch
-from compat.stream.loop import align_left, check_chunk_size, iter_chunks, stream, windows
-from compat.stream.pooling import Chunk, TokenStream
+from compat.stream.chunk import Chunk
+from compat.stream.hidden_states import iter_chunks
+from compat.stream.loop import stream
+from compat.stream.pooling import TokenStream
+from compat.stream.rows import align_left, check_chunk_size, windows
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder, SentenceTransformer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from compat.hooks.own_chunks import KEYWORD
-from compat.stream.loop import check_chunk_size
+from compat.stream.rows import check_chunk_size
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -3,4 +3,4 @@
 Other rooms use the modules of `__all__`; the others are the room's own.
 """
 
-__all__ = ["loop", "pooling"]
+__all__ = ["chunk", "hidden_states", "loop", "pooling", "rows"]

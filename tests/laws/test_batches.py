@@ -8,7 +8,7 @@ from support.tolerances import CHUNKED, error
 
 import compat
 from compat.families.lookup import backbone_of
-from compat.stream.loop import RUN, batches, windows
+from compat.stream.rows import RUN, batches, windows
 
 
 def cost(lengths, batch, parts):

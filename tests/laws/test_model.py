@@ -14,7 +14,8 @@ from support.tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK,
 import compat
 from compat.families.lookup import FAMILIES, backbone_of
 from compat.installed.recurrent_cache import state_of
-from compat.stream.loop import _warn_that_it_grows, stream, windows
+from compat.stream.loop import stream, warn_that_it_grows
+from compat.stream.rows import windows
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Examples for a test that is run for every family or every setting.
@@ -229,7 +230,7 @@ def test_a_head_is_left_aside():
 
 
 def test_a_hybrid_says_once_that_its_cache_grows():
-    _warn_that_it_grows.cache_clear()
+    warn_that_it_grows.cache_clear()
     ids = tokens(12)[None]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

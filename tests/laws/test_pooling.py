@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from compat.stream.pooling import POOLING_MODES, Chunk, StreamingPooling
+from compat.stream.chunk import Chunk
+from compat.stream.pooling import POOLING_MODES, StreamingPooling
 
 
 def stream_of(hidden, lengths, cuts):

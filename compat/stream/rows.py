@@ -1,0 +1,124 @@
+"""Rows of tokens: where they begin, how they are cut into chunks, and which are run together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Window = tuple[int, int]
+
+
+# What a run through all layers costs beside its tokens, in tokens: reading the weights, mostly.
+RUN = 64
+
+
+def check_chunk_size(vertical_chunk_size: object) -> int:
+    """Return the vertical chunk size if it is a positive int.
+
+    Raises:
+        TypeError: It is not an int (a bool is not).
+        ValueError: It is less than 1.
+    """
+    if isinstance(vertical_chunk_size, bool) or not isinstance(vertical_chunk_size, int):
+        raise TypeError(
+            "vertical_chunk_size must be an int, the number of tokens in a chunk; found "
+            f"{vertical_chunk_size!r} of type {type(vertical_chunk_size).__name__}."
+        )
+    if vertical_chunk_size < 1:
+        raise ValueError(
+            "vertical_chunk_size must be at least 1, the number of tokens in a chunk; found "
+            f"{vertical_chunk_size}."
+        )
+    return int(vertical_chunk_size)
+
+
+def windows(seqlen: int, vertical_chunk_size: int) -> list[Window]:
+    """Cut `seqlen` tokens into chunks `(start, end)`, none of them of one token if avoidable.
+
+    Released models take another path for a single token, which differs from the chunk's (the time
+    step is not clamped, the mask is dropped). So chunks of size 1 are run in pairs, and a last
+    chunk of one token joins the chunk before it; the result is that of any other split.
+    """
+    size = max(vertical_chunk_size, 2)
+    starts = list(range(0, seqlen, size))
+    if len(starts) > 1 and seqlen - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], seqlen], strict=True))
+
+
+def spans(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """First column and number of tokens of each row, both (batch,) int64.
+
+    Args:
+        attention_mask: (batch, seqlen), 1 or True at tokens and 0 or False at padding.
+
+    Raises:
+        ValueError: Padding stands between the tokens of a row.
+    """
+    real = attention_mask.bool()
+    lengths = real.sum(1)
+    first = real.int().argmax(1)
+    last = real.shape[1] - 1 - real.flip(1).int().argmax(1)
+    if (broken := ((lengths > 0) & (last - first + 1 != lengths)).nonzero()[:, 0]).numel():
+        raise ValueError(
+            f"attention_mask has zeros between the tokens of row {int(broken[0])}; padding may "
+            "stand at a row's ends only. Remove those tokens from the row."
+        )
+    return first, lengths
+
+
+def align_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Move each row's tokens to the row's beginning.
+
+    Args:
+        input_ids: (batch, seqlen) int64.
+        attention_mask: (batch, seqlen), or None where no row has padding.
+
+    Returns:
+        The tokens, (batch, longest row), with arbitrary ids at padding, and the number of tokens
+        of each row, (batch,) int64.
+    """
+    if attention_mask is None:
+        return input_ids, input_ids.new_full((len(input_ids),), input_ids.shape[1])
+    first, lengths = spans(attention_mask)
+    columns = first[:, None] + torch.arange(int(lengths.max()), device=first.device)
+    return input_ids.gather(1, columns.clamp(max=input_ids.shape[1] - 1)), lengths
+
+
+def batches(lengths: Tensor, parts: Sequence[Window]) -> list[Tensor]:
+    """Which rows are run together, each (n,) int64 ascending; a row without a token in none.
+
+    On an accelerator, all of them. On a CPU a token takes about the same time in any batch, so
+    there rows go together only where that costs less in padding than runs of their own would.
+
+    Args:
+        lengths: (batch,) int64, the number of tokens of each row.
+        parts: Consecutive `(start, end)` from 0; a row is padded to the end of its last part, or
+            of the longest row with it.
+    """
+    order = lengths.argsort(descending=True, stable=True)[: int((lengths > 0).sum())]
+    count = len(order)
+    if lengths.device.type != "cpu" or count < 2:
+        return [order.sort().values] if count else []
+    longest = lengths[order]
+    ends = torch.tensor([end for _, end in parts])
+    last = torch.searchsorted(ends, longest)
+    padded = torch.cat([ends.new_zeros(1), ends[last].cumsum(0)])
+    # The first row of those behind that ends in an earlier part.
+    earlier = torch.searchsorted(-last, -last, right=True)
+    # The cheapest way to run the first rows, one row more at a time.
+    cheapest, cuts = ends.new_zeros(count + 1), [0]
+    first = torch.arange(count)
+    for stop in range(1, count + 1):
+        cut = earlier[:stop].clamp(max=stop)  # Before it, rows are padded to the longest's end.
+        tokens = (cut - first[:stop]) * longest[:stop] + padded[stop] - padded[cut]
+        costs = cheapest[:stop] + tokens + RUN * (last[:stop] + 1)
+        cuts.append(int(costs.argmin()))
+        cheapest[stop] = costs[cuts[-1]]
+    found, stop = [], count
+    while stop:
+        found.append(order[cuts[stop] : stop].sort().values)
+        stop = cuts[stop]
+    return found
