@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compat._errors import (
         UnsupportedModelError,
         UnsupportedPipelineError,
+        UnsupportedTokenizerError,
         UnsupportedVersionError,
         VerticalChunkingError,
     )
@@ -32,12 +33,15 @@ if TYPE_CHECKING:
         vertical_chunking,
     )
     from compat._report import LibraryStatus, Report
+    from compat.stream.tokenizer import StreamingTokenizer
 
 __all__ = [
     "LibraryStatus",
     "Report",
+    "StreamingTokenizer",
     "UnsupportedModelError",
     "UnsupportedPipelineError",
+    "UnsupportedTokenizerError",
     "UnsupportedVersionError",
     "VerticalChunkingError",
     "disable_vertical_chunking",
@@ -54,6 +58,7 @@ _HOMES = {
     "_errors": [
         "UnsupportedModelError",
         "UnsupportedPipelineError",
+        "UnsupportedTokenizerError",
         "UnsupportedVersionError",
         "VerticalChunkingError",
     ],
@@ -65,6 +70,7 @@ _HOMES = {
         "vertical_chunking",
     ],
     "_report": ["LibraryStatus", "Report"],
+    "stream.tokenizer": ["StreamingTokenizer"],
 }
 
 

@@ -1,0 +1,1 @@
+"""Texts that come in pieces: their token ids, in the memory of a window."""
