@@ -33,12 +33,14 @@ if TYPE_CHECKING:
         vertical_chunking,
     )
     from compat._report import LibraryStatus, Report
+    from compat.stream.text import TextStream
     from compat.stream.tokenizer import StreamingTokenizer
 
 __all__ = [
     "LibraryStatus",
     "Report",
     "StreamingTokenizer",
+    "TextStream",
     "UnsupportedModelError",
     "UnsupportedPipelineError",
     "UnsupportedTokenizerError",
@@ -70,6 +72,7 @@ _HOMES = {
         "vertical_chunking",
     ],
     "_report": ["LibraryStatus", "Report"],
+    "stream.text": ["TextStream"],
     "stream.tokenizer": ["StreamingTokenizer"],
 }
 

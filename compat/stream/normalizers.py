@@ -58,7 +58,7 @@ def steps(parts: list[dict[str, Any]]) -> list[Step]:
 def _step(config: dict[str, Any], composed_later: bool) -> Step:
     kind = config["type"]
     if kind in COMPOSING or kind in _ONE_BY_ONE:
-        return _one_by_one(config)
+        return _one_by_one(config, composed_later)
     if kind == "Strip":
         # A window ends on the left, where no space may be stripped that is not at the text's end.
         return lambda sides: None if any(space(c).possible for c in sides.left) else sides
@@ -79,7 +79,7 @@ def bytes_of(sides: Sides) -> Sides:
     )
 
 
-def _one_by_one(config: dict[str, Any]) -> Step:
+def _one_by_one(config: dict[str, Any], composed_later: bool) -> Step:
     alone, composing = _alone(config), config["type"] in COMPOSING
 
     def step(sides: Sides) -> Sides | None:
@@ -87,6 +87,8 @@ def _one_by_one(config: dict[str, Any]) -> Step:
             return None
         if config["type"] == "Precompiled" and "\r" in sides.right:
             return None  # With a line feed it is one grapheme.
+        if composed_later and not all(plain(c) for side in sides for x in side for c in alone(x)):
+            return None  # What falls into parts may come together again.
         left = frozenset(alone(char)[-1:] for char in sides.left)
         right = frozenset(alone(char)[:1] for char in sides.right)
         return None if "" in left | right else Sides(left, right)

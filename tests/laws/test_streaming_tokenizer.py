@@ -52,7 +52,9 @@ def everywhere(tokenizer, text):
     right = tokenizer.encode(text, add_special_tokens=False)
     cuts = [(text[:at], text[at:]) for at in range(1, len(text))]
     ids = [[i for half in cut for i in tokenizer.encode(half).ids] for cut in cuts]
-    assert any(found != right.ids for found in ids), "a text that may be cut anywhere proves nothing"
+    assert any(found != right.ids for found in ids), (
+        "a text that may be cut anywhere proves nothing"
+    )
     for window in range(1, len(text) + 2):
         parts = list(StreamingTokenizer(tokenizer, window).offsets([text], False))
         assert [i for ids, _ in parts for i in ids] == right.ids, window
@@ -132,8 +134,17 @@ def test_an_added_token_of_one_word():
 
 def test_a_mark_behind_what_comes_after_a_cut():
     """NFC makes one character of `=` and U+0338, which are the beginning of the next window."""
-    tokenizer = word_level("a", "=", "\u2260", normalizer=norm.NFC(), pre_tokenizer=pre.Punctuation())
+    tokenizer = word_level(
+        "a", "=", "\u2260", normalizer=norm.NFC(), pre_tokenizer=pre.Punctuation()
+    )
     everywhere(tokenizer, "a=\u0338a=a=\u0338")
+
+
+def test_a_letter_that_falls_into_parts_and_comes_together_again():
+    """The first part of NFD alone would be cut off, which makes no token with what is before it."""
+    tokenizer = bpe([("a", "\xef"), ("n", "i")])
+    tokenizer.normalizer = norm.Sequence([norm.NFD(), norm.NFC()])
+    everywhere(tokenizer, "na\xefina\xefnin")
 
 
 def test_a_vocabulary_that_knows_the_whole_text():
@@ -205,7 +216,7 @@ def test_what_is_no_fast_tokenizer_is_refused():
 
 def test_a_million_characters_without_a_seam():
     tokenizer = of_kind("bert")
-    assert len(streamed(tokenizer, "bb " + "a" * 999_000 + " c", 16_384)) == 5
+    assert len(streamed(tokenizer, "bb " + "a" * 999_000 + " c", 16_384)) == 6
     with pytest.raises(UnsupportedTokenizerError, match="1,000,000 characters from position 2 of"):
         streamed(tokenizer, "bb " + "a" * 1_100_000 + " c", 16_384)
 
@@ -342,11 +353,16 @@ def without_composition_after_replacements(patch):
     patch.setattr(normalizers, "_replace", lambda config, later: replace(config, False))
 
 
+def without_parts_that_come_together(patch):
+    one_by_one = normalizers._one_by_one
+    patch.setattr(normalizers, "_one_by_one", lambda config, later: one_by_one(config, False))
+
+
 def without_vanishing(patch):
     one_by_one = normalizers._one_by_one
 
-    def careless(config):
-        step, alone = one_by_one(config), normalizers._alone(config)
+    def careless(config, later):
+        step, alone = one_by_one(config, later), normalizers._alone(config)
 
         def kept(sides):
             if any(not alone(char) for side in sides for char in side):
