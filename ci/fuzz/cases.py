@@ -48,6 +48,7 @@ class Difference(NamedTuple):
 @functools.cache
 def _normalizers() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"type": name} for name in _SIMPLE[:-1]]
+    found += [{"type": name} for name in _SIMPLE[:4]]  # They compose: the hardest ones.
     found.append({"type": "Precompiled", "precompiled_charsmap": charsmap(RULES)})
     found += [{"type": "Prepend", "prepend": mark} for mark in ("▁", "x", "=")]
     found += [

@@ -66,6 +66,8 @@ def text(draw: Random, tokens: Sequence[str], length: int) -> str:
     made = ""
     while len(made) < length:
         made += draw.choice(draw.choices(kinds, weights)[0])
+        if weights[4] and draw.random() < 0.1:
+            made += draw.choice("\u0301\u0338\u0308\u3099\u200b")
         if draw.random() < 0.01:
             made += draw.choice(["ab", "x", "中", "1", " ", "=", "▁"]) * draw.randrange(200)
         elif weights[0] and draw.random() < 0.5:

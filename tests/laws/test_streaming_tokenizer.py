@@ -451,6 +451,8 @@ def main():
                     if isinstance(result, Difference):
                         found[kind] = seed
                         break
+                if len(found) == 3:
+                    break
         print(name, found, flush=True)
 
 
