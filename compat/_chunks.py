@@ -102,7 +102,7 @@ def align_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor
 
 
 @functools.cache
-def _warn_that_it_grows(model_type: str) -> None:
+def warn_that_it_grows(model_type: str) -> None:
     """Once for each model type: what vertical chunks cannot spare a hybrid."""
     warnings.warn(
         f"{model_type} has attention layers, which keep the keys and values of the whole text: in "
@@ -188,7 +188,7 @@ def _run(
 ) -> Iterator[Chunk]:
     """`stream` of some rows, (n,) int64, as one batch that rows leave after their last part."""
     if family.grows:
-        _warn_that_it_grows(str(backbone.config.model_type))
+        warn_that_it_grows(str(backbone.config.model_type))
     longest = int(lengths[rows].max())
     state: Any = None
     for start, end in parts:

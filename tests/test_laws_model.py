@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
 
 import compat
-from compat._chunks import _warn_that_it_grows, stream, windows
+from compat._chunks import stream, warn_that_it_grows, windows
 from compat._families import FAMILIES, backbone_of
 from compat._transformers import state_of
 
@@ -229,7 +229,7 @@ def test_a_head_is_left_aside():
 
 
 def test_a_hybrid_says_once_that_its_cache_grows():
-    _warn_that_it_grows.cache_clear()
+    warn_that_it_grows.cache_clear()
     ids = tokens(12)[None]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

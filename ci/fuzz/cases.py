@@ -150,7 +150,7 @@ def compare(tokenizer: Tokenizer, whole: str, draw: Random) -> str | None:
     ids, offsets = right.ids, right.offsets
     limit = None
     if draw.random() < 0.2:
-        limit = streaming.num_special_tokens + draw.randrange(40)
+        limit = sum(map(len, streaming.special_tokens)) + draw.randrange(40)
         tokenizer.enable_truncation(limit)
         cut = tokenizer.encode(whole, add_special_tokens=special)
         tokenizer.no_truncation()

@@ -39,6 +39,10 @@ class StreamingTokenizer:
         ...     for ids in streaming(iter(lambda: file.read(65536), "")):
         ...         ...
 
+    Attributes:
+        special_tokens: The ids that are put before a text, and those that are put after it.
+        window: How many characters are tokenized at a time.
+
     Args:
         tokenizer: A `tokenizers.Tokenizer`, or a fast tokenizer of transformers. It is copied:
             padding and truncation of the original play no part, nor do later changes.
@@ -64,14 +68,9 @@ class StreamingTokenizer:
             backend.encode_special_tokens if splits is None else splits
         )
         self._seams = Seams(config, self._tokenizer)
-        self._before, self._after = self._special_tokens(config["post_processor"])
+        self.special_tokens = self._special_tokens(config["post_processor"])
         self._cuts_left = getattr(tokenizer, "truncation_side", "right") == "left"
         self.window = window
-
-    @property
-    def num_special_tokens(self) -> int:
-        """How many special tokens stand before and after a text."""
-        return len(self._before) + len(self._after)
 
     def __call__(
         self,
@@ -120,7 +119,7 @@ class StreamingTokenizer:
         max_length: int | None,
         with_offsets: bool,
     ) -> Iterator[tuple[list[int], Offsets]]:
-        before, after = (self._before, self._after) if add_special_tokens else ([], [])
+        before, after = self.special_tokens if add_special_tokens else ([], [])
         left = None if max_length is None else max_length - len(before) - len(after)
         if left is not None and left < 0:
             raise ValueError(

@@ -1,7 +1,6 @@
 """Streamed token ids are those of the whole text, or the tokenizer is refused by name."""
 
-import json
-from random import Random
+import re
 
 import pytest
 from tokenizers import AddedToken, NormalizedString, Regex, Tokenizer, models
@@ -14,10 +13,9 @@ import compat
 from ci.fuzz.cases import Difference, case
 from ci.fuzz.kinds import KINDS, described
 from compat import StreamingTokenizer, UnsupportedTokenizerError
-from compat.stream import normalizers, patterns, pre_tokenizers, seams
+from compat.stream import normalizers, pre_tokenizers, seams
 from compat.stream import tokenizer as streaming
 from compat.stream.characters import NO
-from compat.stream.normalizers import Sides
 from compat.stream.patterns import Pattern
 
 TEXT = "The state is carried from chunk to chunk, and nothing else; see 2,048 tokens.\n" * 40
@@ -326,7 +324,8 @@ def without_joins(patch):
 
 def without_lookaheads(patch):
     init = Pattern.__init__
-    patch.setattr(Pattern, "__init__", lambda self, text: init(self, text.replace(r"(?!\S)", "")))
+    ahead = re.compile(r"\(\?[=!][^()]*\)")
+    patch.setattr(Pattern, "__init__", lambda self, text: init(self, ahead.sub("", text)))
 
 
 def without_doubts_of_matches(patch):
@@ -437,7 +436,6 @@ CONTROLS = {
 
 def main():
     import sys
-    from concurrent.futures import ProcessPoolExecutor
 
     for name, control in list(globals().items()):
         if not name.startswith("without_") or (sys.argv[1:] and name not in sys.argv[1:]):
