@@ -30,6 +30,9 @@ LONG = 32_768
 # All that a pipeline may do to a text shows here, also at its end: stripping, lowering, templates.
 _PROBE = " \tThe Probe reads  3 İstanbul lines,\r\nand ends in \u201cwhite space\u201d. \n "
 
+# What is needed where the pipeline is another, and the remedy.
+_PLAIN = "token ids that are those of prompt and text", "pass texts that fit into memory"
+
 counted: ContextVar[Callable[[str | TextStream, TokenIds], None] | None]
 counted = ContextVar("compat_counted", default=None)
 """Is told of each text that was streamed, at its end."""
@@ -92,8 +95,8 @@ def preprocess(
     """
     rows = [row for row, text in enumerate(inputs) if is_long(text)]
     if rows:
-        features = released([_PROBE if is_long(text) else text for text in inputs])
         try:
+            features = _of_probes(released, inputs)
             tokenizer = _streaming(reader.tokenizer)
             limit = _limit(reader.tokenizer)
             _check_probe(tokenizer, features, rows[0], prompt, limit)
@@ -104,6 +107,14 @@ def preprocess(
                 row: _ids(tokenizer, inputs[row], prompt, limit, cuts) for row in rows
             }
     return released([whole(text) for text in inputs]), {}
+
+
+def _of_probes(released: Callable[[list[Any]], Any], inputs: Sequence[Any]) -> Any:
+    try:
+        return released([_PROBE if is_long(text) else text for text in inputs])
+    except Exception as error:
+        found = f"an input module that does not take every text ({type(error).__name__}: {error})"
+        raise UnsupportedTokenizerError(found, *_PLAIN) from error
 
 
 def _ids(
@@ -149,8 +160,7 @@ def _check_probe(
     if ids is None or mask is None or ids[row][mask[row].bool()].tolist() != streamed:
         raise UnsupportedTokenizerError(
             "a pipeline that makes more of a text than its tokenizer does, such as a chat template",
-            "token ids that are those of the prompt and the text",
-            "pass texts that fit into memory",
+            *_PLAIN,
         )
 
 
