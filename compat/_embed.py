@@ -35,12 +35,14 @@ from compat._documents import Document, Known, Note, Problem, read_documents
 from compat._errors import VerticalChunkingError
 from compat._limits import Limit
 from compat._loading import in_short, is_of_memory, label, load_model
-from compat._streamed_texts import counted, is_long
+from compat._streamed_texts import NoTokenError, counted, is_long
 from compat._text_files import ChangedError
 from compat.stream.token_ids import TokenIds
 
 # The settings stand under this key of the metadata: a file without it is somebody else's.
 SETTINGS_KEY = b"vertical_chunking"
+
+_NO_TOKEN = "found a text of which the tokenizer makes no token, needed at least one"
 
 # The first bytes of an Arrow IPC stream.
 STREAM_START = b"\xff\xff\xff\xff"
@@ -233,6 +235,8 @@ def _counted_into(streamed: dict[int, TokenIds]) -> Iterator[None]:
 
 
 def _what_failed(error: Exception) -> str:
+    if isinstance(error, NoTokenError):
+        return _NO_TOKEN
     if isinstance(error, ChangedError):
         return "found that it has changed since this command began, needed a file at rest"
     if is_of_memory(error):
@@ -253,8 +257,7 @@ def _embed_texts(
         elif length:
             todo.append((doc, length))
         else:
-            what = "found a text of which the tokenizer makes no token, needed at least one"
-            yield Problem(doc.where, what)
+            yield Problem(doc.where, _NO_TOKEN)
     with warnings.catch_warnings(), _counted_into(streamed):
         # What is cut here is meant to be.
         warnings.simplefilter("ignore", CutTextWarning)

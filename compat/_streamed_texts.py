@@ -24,6 +24,11 @@ from compat.stream.text import TextStream
 from compat.stream.token_ids import TokenIds
 from compat.stream.tokenizer import StreamingTokenizer, describe
 
+
+class NoTokenError(ValueError):
+    """A text was read of which the tokenizer makes nothing."""
+
+
 # Characters from which on it pays to stream: two windows, of which the ids take some megabytes.
 LONG = 32_768
 
@@ -128,7 +133,7 @@ def _ids(
 
     def at_end(ids: TokenIds) -> None:
         if not ids.count:
-            raise without_token(text if isinstance(text, TextStream) else text[:20])
+            raise NoTokenError(*without_token(f"{text!r:.60}").args)
         if cuts is not None and ids.count > ids.kept:
             cuts.add(Cuts(0, 1, ids.kept, ids.count))
         if told is not None:

@@ -86,7 +86,7 @@ def _metaspace(config: dict[str, Any]) -> Rule:
         sides = Sides(left, right)
         if not splits or mark not in left | right:
             return Verdict.WHOLE, sides
-        return Verdict.CUT if right == {mark} and mark not in left else Verdict.UNKNOWN, sides
+        return Verdict.CUT if right == {mark} else Verdict.UNKNOWN, sides
 
     return decide
 
