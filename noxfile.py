@@ -92,6 +92,15 @@ def test_futures(session):
     session.run("python", "-m", "ci.futures", *session.posargs, env=OFFLINE)
 
 
+@nox.session(name="fuzz-tokenizers", default=False)
+def fuzz_tokenizers(session):
+    """Streamed token ids against those of the whole text, 2,000 cases a kind: 5 minutes."""
+    install(session, "tests")
+    # Some random tokenizers panic on the whole text too, which is counted.
+    quiet = {"RUST_BACKTRACE": "0"}
+    session.run("python", "-m", "ci.fuzz", *session.posargs, env=OFFLINE | quiet)
+
+
 @nox.session(name="test-gpu", default=False)
 def test_gpu(session):
     """The patched kernels on a machine with a GPU: build, upstream's tests, the laws, times."""

@@ -122,14 +122,20 @@ def load_model() -> SentenceTransformer:
 
 
 def load_model_for(texts: list[str], tokens: list[np.ndarray]) -> SentenceTransformer:
-    """A model that has run once, and that finds the texts' tokens ready."""
+    """A model that has run once, and that finds the texts' tokens ready.
+
+    In chunks the tokens of long texts are made as they are read, and none are ready.
+    """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     model = load_model()
     ready = dict(zip(texts, tokens, strict=True))
+    released = model[0].preprocess
 
-    def preprocess(inputs: list[str], **_: Any) -> dict[str, torch.Tensor]:
+    def preprocess(inputs: list[str], **kwargs: Any) -> dict[str, torch.Tensor]:
+        if not set(inputs) <= ready.keys():
+            return released(inputs, **kwargs)  # type: ignore[no-any-return, operator]
         ids = [torch.from_numpy(ready[text]) for text in inputs]
         mask = [torch.ones_like(row) for row in ids]
         return {

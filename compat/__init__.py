@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compat.errors import (
         UnsupportedModelError,
         UnsupportedPipelineError,
+        UnsupportedTokenizerError,
         UnsupportedVersionError,
         VerticalChunkingError,
     )
@@ -33,12 +34,17 @@ if TYPE_CHECKING:
         vertical_chunking,
     )
     from compat.stream.hidden_states import iter_chunks, last_hidden_state
+    from compat.stream.text import TextStream
+    from compat.stream.tokenizer import StreamingTokenizer
 
 __all__ = [
     "LibraryStatus",
     "Report",
+    "StreamingTokenizer",
+    "TextStream",
     "UnsupportedModelError",
     "UnsupportedPipelineError",
+    "UnsupportedTokenizerError",
     "UnsupportedVersionError",
     "VerticalChunkingError",
     "disable_vertical_chunking",
@@ -57,6 +63,7 @@ _HOMES = {
     "errors": [
         "UnsupportedModelError",
         "UnsupportedPipelineError",
+        "UnsupportedTokenizerError",
         "UnsupportedVersionError",
         "VerticalChunkingError",
     ],
@@ -68,6 +75,8 @@ _HOMES = {
         "vertical_chunking",
     ],
     "hooks.report": ["LibraryStatus", "Report"],
+    "stream.text": ["TextStream"],
+    "stream.tokenizer": ["StreamingTokenizer"],
 }
 
 

@@ -75,7 +75,8 @@ def embed(
             ".docx, .html and the like) are refused. All but .parquet may be compressed (.gz, "
             ".bz2, .zst). Folders are searched through all levels and links, in sorted order, for "
             "texts alone: what ends in .txt, .md, .rst or .text, compressed or not; how many other "
-            "files they have is said on stderr.",
+            "files they have is said on stderr. A text file may have any size: of it a piece is in "
+            "memory at a time, of tables and JSON lines a record.",
             show_default=False,
         ),
     ],

@@ -33,9 +33,15 @@ else:
     UnsupportedVersionError = _module.UnsupportedVersionError
     VerticalChunkingError = _module.VerticalChunkingError
 
+
+class UnsupportedTokenizerError(VerticalChunkingError):
+    """A tokenizer has a part that may look at a text's far ends: it must have the text whole."""
+
+
 __all__ = [
     "UnsupportedModelError",
     "UnsupportedPipelineError",
+    "UnsupportedTokenizerError",
     "UnsupportedVersionError",
     "VerticalChunkingError",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -34,7 +35,7 @@ def settled(backbone: PreTrainedModel, lengths: Tensor) -> Iterator[None]:
         UnsupportedModelError: The base depends on the length, and it is not known where the model
             takes it from.
     """
-    if (found := _setting(backbone, int(lengths.max()))) is None:
+    if (found := _setting(backbone.config, int(lengths.max()))) is None:
         yield
         return
     name, kind, limit = found
@@ -61,12 +62,20 @@ def settled(backbone: PreTrainedModel, lengths: Tensor) -> Iterator[None]:
         yield
 
 
-def _setting(backbone: PreTrainedModel, longest: int) -> tuple[str, str, int] | None:
+def need_length(config: Any) -> bool:
+    """Return whether a text's length has to be known before its first chunk is read.
+
+    Args:
+        config: The model's configuration.
+    """
+    return _setting(config, sys.maxsize) is not None
+
+
+def _setting(config: Any, longest: int) -> tuple[str, str, int] | None:
     """The setting's name, the type, and the length from which on it matters; None if it does not.
 
     Some configurations have a setting for each type of layer, one level below.
     """
-    config = backbone.config
     for name in ("rope_parameters", "rope_scaling"):
         setting = getattr(config, name, None) or {}
         nested = [value for value in setting.values() if isinstance(value, Mapping)]

@@ -8,7 +8,7 @@ limit. The worker of a pool sends its count along with its embeddings.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass
@@ -55,6 +55,7 @@ class Cuts:
         inputs: Sequence[Any],
         features: Any,
         kwargs: Mapping[str, Any],
+        skipped: Collection[int] = (),
     ) -> None:
         """Count what was cut when features were made of a batch of texts.
 
@@ -63,10 +64,11 @@ class Cuts:
             inputs: The batch.
             features: What `preprocess` has made of it.
             kwargs: What else `preprocess` was given.
+            skipped: Rows of texts that are streamed, which are counted when their ends are read.
         """
         self.seen += len(inputs)
-        reader = _reader(model, kwargs.get("task"))
-        if _asked_for(kwargs.get("processing_kwargs") or {}):
+        reader = reader_of(model, kwargs.get("task"))
+        if asked_for(kwargs.get("processing_kwargs") or {}):
             return
         encodings = getattr(features, "encodings", None)
         if encodings is not None and len(encodings) == len(inputs):
@@ -85,8 +87,8 @@ class Cuts:
                 _count(reader.tokenizer, text, kwargs.get("prompt")) if n >= limit else 0
                 for n, text in zip(kept, inputs, strict=True)
             ]
-        for whole, left in zip(full, kept, strict=True):
-            if whole > left:
+        for row, (whole, left) in enumerate(zip(full, kept, strict=True)):
+            if whole > left and row not in skipped:
                 self.add(Cuts(0, 1, left, whole))
 
     def beside(self, outputs: Any) -> Any:
@@ -105,7 +107,7 @@ class Cuts:
     def _warn(self, model: SentenceTransformer, task: str | None, stacklevel: int) -> None:
         if not self.count:
             return
-        reader = _reader(model, task)
+        reader = reader_of(model, task)
         place = _limit(reader, task)[0]
         warnings.warn(
             f"{self.count} of {self.seen} texts are longer than the limit of {self.kept} tokens, "
@@ -150,12 +152,12 @@ def _arrive(outputs: Any, cuts: tuple[int, ...]) -> Any:
     return outputs
 
 
-def _reader(model: SentenceTransformer, task: str | None) -> Any:
+def reader_of(model: SentenceTransformer, task: str | None) -> Any:
     """The module that makes features of texts."""
     return route(list(model.children()), task)[0]
 
 
-def _asked_for(processing_kwargs: Mapping[str, Any]) -> bool:
+def asked_for(processing_kwargs: Mapping[str, Any]) -> bool:
     """Whether the call itself says where texts are to be cut."""
     settings = {**processing_kwargs.get("common", {}), **processing_kwargs.get("text", {})}
     return bool({"max_length", "truncation"} & set(settings))

@@ -16,7 +16,8 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from compat.errors import UnsupportedPipelineError, UnsupportedVersionError
 from compat.families.lookup import backbone_of
 from compat.hooks import progress
-from compat.hooks.cut_texts import Cuts, counting, told_once
+from compat.hooks.cut_texts import Cuts, asked_for, counting, reader_of, told_once
 from compat.hooks.own_chunks import KEYWORD, for_preprocess, reads_by_itself
 from compat.hooks.refusals import TOKENS, check_features, check_inputs, check_modules, check_tokens
 from compat.hooks.size import Share, Size, encoding
@@ -38,12 +39,16 @@ from compat.hooks.stored_default import (
     set_default,
     warn_of_whole_texts,
 )
+from compat.hooks.streamed_texts import check_picklable, size_of, whole
+from compat.hooks.streamed_texts import preprocess as preprocess_streamed
 from compat.installed.patches import Patch
 from compat.stream.chunk import Chunk
 from compat.stream.hidden_states import iter_chunks
 from compat.stream.loop import stream
 from compat.stream.pooling import TokenStream
 from compat.stream.rows import align_left, check_chunk_size, windows
+from compat.stream.text_loop import stream_texts
+from compat.stream.token_ids import TokenIds
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -63,8 +68,10 @@ class _Run:
         size: Tokens in a vertical chunk.
         pooled: Whether only sentence embeddings are asked for, so that tokens can be streamed.
         bar: The progress bar, in characters.
-        chars: Characters in the present batch.
+        chars: Characters in the present batch, without those of texts that are streamed.
         moved: Those of them that the bar has gone over.
+        streamed: The texts of the present batch that are streamed, by row.
+        sizes: Their characters, as far as they are known beforehand.
     """
 
     size: int
@@ -72,6 +79,14 @@ class _Run:
     bar: Any
     chars: int = 0
     moved: int = 0
+    streamed: dict[int, TokenIds] = field(default_factory=dict)
+    sizes: int = 0
+
+    def begin(self, model: SentenceTransformer, inputs: Sequence[Any]) -> None:
+        """Note the characters of a batch, of which `streamed` is known."""
+        sizes = [size_of(model, text) or 0 for text in inputs]
+        self.sizes = sum(sizes[row] for row in self.streamed)
+        self.chars, self.moved = sum(sizes) - self.sizes, 0
 
     def move(self, done: int, total: int) -> None:
         """Move the bar over the batch's characters, in proportion to its tokens that are done."""
@@ -86,6 +101,17 @@ class _Run:
             yield chunk
             tokens += int(chunk.lengths.sum())
             self.move(tokens, total)
+
+    def watch_texts(self, chunks: Iterator[Chunk], texts: Sequence[TokenIds]) -> Iterator[Chunk]:
+        """Pass the chunks of texts on, and move the bar over their characters as they go by."""
+        done = 0
+        for chunk in chunks:
+            yield chunk
+            step = max(sum(text.chars for text in texts) - done, 0)
+            self.bar.update(step)
+            done += step
+        if done < self.sizes:  # Sizes may be bytes.
+            self.bar.update(self.sizes - done)
 
 
 _inferring: ContextVar[bool] = ContextVar("compat_inferring", default=False)
@@ -272,16 +298,19 @@ def _inference(original: Callable[..., Any]) -> Callable[..., Any]:
         kwargs["output_value"] = output_value
         size, task = kwargs.get(KEYWORD), kwargs.get("task")
         cuts = Cuts()
+        pooled = output_value == "sentence_embedding"
+        if size is None or not pooled or reads_by_itself(self, task):
+            inputs = [whole(text) for text in inputs]
         with ExitStack() as stack:
             stack.enter_context(_set(_inferring, True))
             if size is None:
                 return original(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
             if not reads_by_itself(self, task):
                 del kwargs[KEYWORD]
-                pooled = output_value == "sentence_embedding"
                 check_modules(self, pooled, task)
                 check_inputs(self, inputs, kwargs.get("prompt"), task)
-                chars = sum(map(self._input_length, inputs))
+                sizes = [size_of(self, text) for text in inputs]
+                chars = None if None in sizes else sum(filter(None, sizes))
                 bar = stack.enter_context(progress.opened(chars, show_progress_bar))
                 show_progress_bar = False
                 stack.enter_context(_set(_run, _Run(int(size), pooled, bar)))
@@ -341,6 +370,9 @@ def _check_forward(model: SentenceTransformer, features: Features) -> None:
 def _multi_process(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _multi_process(self: SentenceTransformer, inputs: list[Any], **kwargs: Any) -> Any:
+        if kwargs.get(KEYWORD) is None:
+            inputs = [whole(text) for text in inputs]
+        check_picklable(inputs)
         if isinstance(kwargs.get(KEYWORD), Size):
             # The workers check their shares too, but the indices there say nothing to the caller.
             pooled, task = kwargs["output_value"] == "sentence_embedding", kwargs.get("task")
@@ -355,11 +387,23 @@ def _multi_process(original: Callable[..., Any]) -> Callable[..., Any]:
 def _preprocess(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def preprocess(self: SentenceTransformer, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        features = original(self, inputs, **for_preprocess(self, kwargs))
-        if (cuts := counting.get()) is not None:
-            cuts.look(self, inputs, features, kwargs)
-        if (run := _run.get()) is not None:
-            run.chars, run.moved = sum(map(self._input_length, inputs)), 0
+        kwargs = for_preprocess(self, kwargs)
+        run, cuts = _run.get(), counting.get()
+        if run is None or not run.pooled:
+            features = original(self, inputs, **kwargs)
+        else:
+            features, run.streamed = preprocess_streamed(
+                lambda texts: original(self, texts, **kwargs),
+                reader_of(self, kwargs.get("task")),
+                inputs,
+                kwargs.get("prompt"),
+                None if asked_for(kwargs.get("processing_kwargs") or {}) else cuts,
+            )
+        streamed = {} if run is None else run.streamed
+        if cuts is not None:
+            cuts.look(self, inputs, features, kwargs, streamed)
+        if run is not None:
+            run.begin(self, inputs)
             check_tokens(inputs, features)
         return features
 
@@ -380,9 +424,14 @@ def _transformer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if run.pooled:
             backbone, family = backbone_of(self.model)
             tokens, lengths = align_left(input_ids, mask)
+            rows = torch.tensor([*run.streamed], device=lengths.device, dtype=torch.int64)
+            lengths = lengths.index_fill(0, rows, 0)
             parts = windows(tokens.shape[1], run.size)
-            chunks = stream(backbone, family, tokens, lengths, parts)
-            features[TOKENS] = TokenStream(run.watch(chunks, int(lengths.sum())), lengths)
+            short = stream(backbone, family, tokens, lengths, parts)
+            texts = list(run.streamed.values())
+            long = stream_texts(backbone, family, texts, rows, run.size)
+            chunks = chain(run.watch(short, int(lengths.sum())), run.watch_texts(long, texts))
+            features[TOKENS] = TokenStream(chunks, lengths)
         else:
             pieces = []
             for start, hidden in iter_chunks(

@@ -23,8 +23,8 @@ def into(bar: Any) -> Iterator[None]:
 
 
 @contextmanager
-def opened(total: int, show: bool) -> Iterator[Any]:
-    """The bar of `into`, or else a new one over `total` characters, shown if `show`."""
+def opened(total: int | None, show: bool) -> Iterator[Any]:
+    """The bar of `into`, or else a new one over `total` characters (None: unknown), if `show`."""
     if (outer := _outer.get()) is not None:
         yield outer
         return

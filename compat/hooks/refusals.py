@@ -25,7 +25,7 @@ def check_inputs(
     """Refuse texts without a token: there is nothing to embed, and no exact answer."""
     extra = {} if task is None else {"task": task}
     for index, text in enumerate(inputs):
-        if isinstance(text, str) and not text.strip():
+        if isinstance(text, str) and (not text or text.isspace()):
             features = model.preprocess([text], prompt=prompt, **extra)
             if not int(features["attention_mask"].sum()):
                 raise without_token(text, f"Text {index}")

@@ -3,4 +3,8 @@
 Other rooms use the modules of `__all__`; the others are the room's own.
 """
 
-__all__ = ["embed", "loading"]
+__all__ = [
+    "embed",
+    "loading",
+    "text_files",
+]

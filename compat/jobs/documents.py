@@ -21,6 +21,8 @@ from compat.jobs.formats import (
     suffixes,
     tally,
 )
+from compat.jobs.text_files import NotTextError, TextFile, scan
+from compat.stream.text import TextStream
 
 # The csv module's own limit is 128 KiB a field; this is the largest that it takes everywhere.
 csv.field_size_limit(2**31 - 1)
@@ -31,14 +33,14 @@ class Document(NamedTuple):
 
     Attributes:
         id: Its name: the path of a text file, `FILE:LINE`, or what the id column says.
-        text: The text, never empty.
+        text: The text, never empty; that of a long file is read in pieces.
         size: Length of the text in bytes of UTF-8.
         sha256: SHA-256 of those bytes, in hexadecimal digits.
         where: The place it was read from: `FILE` or `FILE:LINE`, lines counted from 1.
     """
 
     id: str
-    text: str
+    text: str | TextStream
     size: int
     sha256: str
     where: str
@@ -65,12 +67,19 @@ class Note(NamedTuple):
 
 
 Items = Iterator[Document | Problem | Note]
+Known = dict[Path, Document]
 
 
 def read_documents(
-    inputs: Sequence[Path], text_column: str, id_column: str | None, traceback: bool = False
+    inputs: Sequence[Path],
+    text_column: str,
+    id_column: str | None,
+    traceback: bool = False,
+    known: Known | None = None,
 ) -> Items:
     """Read the inputs in their order, holding one document at a time (Parquet: a few rows).
+
+    Of a long text file nothing is held: its document reads it again.
 
     Args:
         inputs: Text files; folders, searched for `TEXTS` in sorted order; JSON lines, `.csv`,
@@ -78,14 +87,16 @@ def read_documents(
         text_column: Where the text is in JSON lines and tables.
         id_column: Where the id is there; without it, the id is `FILE:LINE`.
         traceback: Whether to raise an error that is not foreseen, instead of reporting it.
+        known: Long text files that have been read before, and need not be read to be known.
 
     Yields:
         Every document, a `Problem` in place of what is not one, and a `Note` for what a folder
         has that is not read. An id comes only once.
     """
     seen: dict[str, str] = {}
+    known = {} if known is None else known
     for path in inputs:
-        for item in _read_safely(path, text_column, id_column, traceback):
+        for item in _read_safely(path, text_column, id_column, traceback, known):
             if not isinstance(item, Document):
                 yield item
             elif item.id in seen:
@@ -96,10 +107,12 @@ def read_documents(
                 yield item
 
 
-def _read_safely(path: Path, text_column: str, id_column: str | None, traceback: bool) -> Items:
+def _read_safely(
+    path: Path, text_column: str, id_column: str | None, traceback: bool, known: Known
+) -> Items:
     """Read an input, of which no fault keeps the other inputs from being read."""
     try:
-        yield from _read_input(path, text_column, id_column)
+        yield from _read_input(path, text_column, id_column, known)
     except MemoryError:
         what = "found too little memory for it, needed room: split it into smaller files"
         yield Problem(str(path), what)
@@ -110,11 +123,11 @@ def _read_safely(path: Path, text_column: str, id_column: str | None, traceback:
         yield Problem(str(path), f"found an error ({reason}), needed none; --traceback shows where")
 
 
-def _read_input(path: Path, text_column: str, id_column: str | None) -> Items:
+def _read_input(path: Path, text_column: str, id_column: str | None, known: Known) -> Items:
     suffix, packed = suffixes(path)
     try:
         if path.is_dir():
-            yield from _read_folder(path)
+            yield from _read_folder(path, known)
         elif not path.exists():
             yield Problem(str(path), "found nothing there, needed a file or a folder")
         elif not path.is_file():
@@ -128,7 +141,7 @@ def _read_input(path: Path, text_column: str, id_column: str | None) -> Items:
         elif suffix == ".parquet":
             yield from _read_parquet(path, text_column, id_column)
         else:
-            yield _read_text(path)
+            yield known.get(path) or _read_text(path, known)
     except Exception as error:
         if is_torn(path, error):
             reason = _one_line(error)
@@ -139,7 +152,7 @@ def _read_input(path: Path, text_column: str, id_column: str | None) -> Items:
             raise
 
 
-def _read_folder(folder: Path) -> Items:
+def _read_folder(folder: Path, known: Known) -> Items:
     denied: list[OSError] = []
     files, again = _walk(folder, denied)
     paths = [path for path in files if _is_text(path)]
@@ -157,7 +170,7 @@ def _read_folder(folder: Path) -> Items:
         what = f"{links} not followed ({again[0]}): that folder is read already"
         yield Note(str(folder), what)
     for path in sorted(paths):
-        yield from _read_input(path, "", None)
+        yield from _read_input(path, "", None, known)
 
 
 def _is_text(path: Path) -> bool:
@@ -193,18 +206,21 @@ def _walk(folder: Path, denied: list[OSError]) -> tuple[list[Path], list[Path]]:
     return files, again
 
 
-def _read_text(path: Path) -> Document | Problem:
-    with open_file(path) as file:
-        data = file.read()
-    if b"\0" in data:
-        line = data.count(b"\n", 0, data.index(b"\0")) + 1
-        return Problem(f"{path}:{line}", "found the byte 0x00, needed a text file in UTF-8")
+def _read_text(path: Path, known: Known) -> Document | Problem:
+    """Read a text file; a long one is not held, but is known from now on."""
     try:
-        return _document(str(path), str(path), data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        # The decoder counts from behind a byte order mark; what it holds is what it has decoded.
-        line = error.object.count(b"\n", 0, error.start) + 1
-        return _not_utf8(f"{path}:{line}", error.object[error.start])
+        found = scan(path)
+    except NotTextError as error:
+        where = f"{path}:{error.line}"
+        if error.byte:
+            return _not_utf8(where, error.byte)
+        return Problem(where, "found the byte 0x00, needed a text file in UTF-8")
+    short = "" if found.blank else found.text
+    made = _document(str(path), str(path), "long" if short is None else short)
+    if short is None and isinstance(made, Document):
+        text = TextStream(TextFile(path, found.sha256), found.size)
+        made = known[path] = made._replace(text=text, size=found.size, sha256=found.sha256)
+    return made
 
 
 def _read_json_lines(path: Path, text_column: str, id_column: str | None) -> Items:

@@ -32,12 +32,17 @@ import compat
 from compat.errors import VerticalChunkingError
 from compat.hooks import progress
 from compat.hooks.cut_texts import CutTextWarning
-from compat.jobs.documents import Document, Note, Problem, read_documents
+from compat.hooks.streamed_texts import NoTokenError, counted, is_long
+from compat.jobs.documents import Document, Known, Note, Problem, read_documents
 from compat.jobs.limits import Limit
 from compat.jobs.loading import in_short, is_of_memory, label, load_model
+from compat.jobs.text_files import ChangedError
+from compat.stream.token_ids import TokenIds
 
 # The settings stand under this key of the metadata: a file without it is somebody else's.
 SETTINGS_KEY = b"vertical_chunking"
+
+_NO_TOKEN = "found a text of which the tokenizer makes no token, needed at least one"
 
 # The first bytes of an Arrow IPC stream.
 STREAM_START = b"\xff\xff\xff\xff"
@@ -82,6 +87,7 @@ def embed(
     reported: set[Problem | Note] = set()
     order: dict[str, None] = {}
     done: dict[str, str] = {}
+    known: Known = {}
 
     def report(item: Problem | Note) -> None:
         # Both passes over the inputs meet the same ones.
@@ -90,7 +96,7 @@ def embed(
             tqdm.write(str(item), file=sys.stderr)
 
     def unfinished() -> Iterator[Document]:
-        for item in read_documents(inputs, text_column, id_column, traceback):
+        for item in read_documents(inputs, text_column, id_column, traceback, known):
             if not isinstance(item, Document):
                 report(item)
                 continue
@@ -218,7 +224,21 @@ def _embed_batch(
     return [item for doc in batch for item in _embed_batch(model, [doc], size, limit)]
 
 
+@contextmanager
+def _counted_into(streamed: dict[int, TokenIds]) -> Iterator[None]:
+    """Note the ids of each text that is streamed in a `with` block, by the text's `id`."""
+    token = counted.set(lambda text, ids: streamed.update({id(text): ids}))
+    try:
+        yield
+    finally:
+        counted.reset(token)
+
+
 def _what_failed(error: Exception) -> str:
+    if isinstance(error, NoTokenError):
+        return _NO_TOKEN
+    if isinstance(error, ChangedError):
+        return "found that it has changed since this command began, needed a file at rest"
     if is_of_memory(error):
         return "found too little memory for it, needed room: try a smaller --vertical-chunk-size"
     return f"found an error ({in_short(error)}), needed an embedding; --traceback shows where"
@@ -227,16 +247,18 @@ def _what_failed(error: Exception) -> str:
 def _embed_texts(
     model: SentenceTransformer, batch: Sequence[Document], vertical_chunk_size: int, limit: Limit
 ) -> Iterator[Row | Problem]:
-    todo = []
+    todo: list[tuple[Document, int | None]] = []
+    streamed: dict[int, TokenIds] = {}
     for doc in batch:
-        if (length := limit.num_tokens(doc)) is None:
+        if is_long(doc.text):
+            todo.append((doc, None))  # It is counted as it is read.
+        elif (length := limit.num_tokens(doc)) is None:
             yield Problem(doc.where, limit.problem(doc))
         elif length:
             todo.append((doc, length))
         else:
-            what = "found a text of which the tokenizer makes no token, needed at least one"
-            yield Problem(doc.where, what)
-    with warnings.catch_warnings():
+            yield Problem(doc.where, _NO_TOKEN)
+    with warnings.catch_warnings(), _counted_into(streamed):
         # What is cut here is meant to be.
         warnings.simplefilter("ignore", CutTextWarning)
         vectors = model.encode_document(
@@ -246,7 +268,12 @@ def _embed_texts(
             vertical_chunk_size=vertical_chunk_size,
         )
     for (doc, length), vector in zip(todo, vectors, strict=True):
-        if np.isfinite(vector).all():
+        if length is None:
+            ids = streamed.get(id(doc.text))
+            length = limit.num_tokens(doc) if ids is None else limit.num_streamed(doc, ids)
+        if length is None:
+            yield Problem(doc.where, limit.problem(doc))
+        elif np.isfinite(vector).all():
             yield Row(doc.id, length, vector, doc.sha256)
         else:
             what = "found an embedding that is not finite, needed numbers: try another --dtype"

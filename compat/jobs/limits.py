@@ -8,7 +8,10 @@ from sentence_transformers import SentenceTransformer
 
 from compat.families.lookup import backbone_of
 from compat.hooks.refusals import route
+from compat.hooks.streamed_texts import count as count_streamed
+from compat.hooks.streamed_texts import whole
 from compat.jobs.documents import Document
+from compat.stream.token_ids import TokenIds
 
 # A tokenizer without a limit says 10 ** 30.
 _NO_LIMIT = 10**15
@@ -56,14 +59,23 @@ class Limit:
 
     def num_tokens(self, doc: Document) -> int | None:
         """Tokens of the text as the model reads it, without a prompt; None if it is too long."""
-        whole = self._count(doc.text)
+        text = whole(doc.text)
+        count = self._count(text)
         if self.tokens is None:
-            return whole
-        read = self._count(doc.text, self.prompt) if self.prompt else whole
-        if read <= self.tokens:
-            return whole
+            return count
+        read = self._count(text, self.prompt) if self.prompt else count
+        return self._read(doc, count, read)
+
+    def num_streamed(self, doc: Document, ids: TokenIds) -> int | None:
+        """The same of a text whose ids, with the prompt, the model has read."""
+        count = count_streamed(self._first.tokenizer, doc.text) if self.prompt else ids.count
+        return self._read(doc, count, ids.count)
+
+    def _read(self, doc: Document, count: int, read: int) -> int | None:
+        if self.tokens is None or read <= self.tokens:
+            return count
         self.cut[doc.id] = read
-        return min(whole, self.tokens) if self.truncate else None
+        return min(count, self.tokens) if self.truncate else None
 
     def problem(self, doc: Document) -> str:
         """Why the text of a document is not embedded."""

@@ -3,4 +3,14 @@
 Other rooms use the modules of `__all__`; the others are the room's own.
 """
 
-__all__ = ["chunk", "hidden_states", "loop", "pooling", "rows"]
+__all__ = [
+    "chunk",
+    "hidden_states",
+    "loop",
+    "pooling",
+    "rows",
+    "text",
+    "text_loop",
+    "token_ids",
+    "tokenizer",
+]

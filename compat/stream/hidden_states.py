@@ -138,7 +138,7 @@ def last_hidden_state(
     tokens, lengths = align_left(input_ids, attention_mask)
     if (empty := (lengths == 0).nonzero()[:, 0]).numel():
         raise ValueError(f"Row {int(empty[0])} has no token: there is no last hidden state.")
-    pooling = StreamingPooling(("lasttoken",), lengths)
+    pooling = StreamingPooling(("lasttoken",), len(lengths))
     for chunk in stream(backbone, family, tokens, lengths, windows(tokens.shape[1], size)):
         pooling.update(chunk)
     return pooling.finalize()

@@ -23,22 +23,19 @@ class StreamingPooling:
 
     Args:
         modes: Names out of `POOLING_MODES`; their vectors are concatenated in this order.
-        lengths: (batch,) int64, the number of tokens of each row, padding not counted.
+        batch: How many rows there are. Their tokens are counted as they come.
         prompt_length: The first tokens of each row that are left out of the pooling.
 
     Raises:
         ValueError: A mode is unknown.
     """
 
-    def __init__(self, modes: Sequence[str], lengths: Tensor, prompt_length: int = 0) -> None:
+    def __init__(self, modes: Sequence[str], batch: int, prompt_length: int = 0) -> None:
         if unknown := [mode for mode in modes if mode not in POOLING_MODES]:
             raise ValueError(f"Unknown pooling modes {unknown}; known are {POOLING_MODES}.")
         self.modes = tuple(modes)
-        self.lengths = lengths
+        self.batch = batch
         self.prompt_length = prompt_length
-        # Where nothing but the prompt is there, `cls` takes the row's first token all the same.
-        self._first = torch.where(lengths > prompt_length, prompt_length, 0)
-        self._kept = (lengths - prompt_length).clamp(min=0)
         self._state: dict[str, Tensor] = {}
         self._dtype = self._total_dtype = torch.float32
 
@@ -46,16 +43,20 @@ class StreamingPooling:
         """Take in the next chunk; chunks come in the order of the text."""
         hidden = chunk.hidden
         if not self._state:
-            self._allocate(hidden)
+            self._allocate(chunk)
+        end = chunk.start + chunk.lengths
+        self._seen[chunk.rows] = end
         position = torch.arange(hidden.shape[1], device=hidden.device)
         kept = position < chunk.lengths[:, None]
         if self.prompt_length > chunk.start:
             kept &= position >= self.prompt_length - chunk.start
         state = self._state
         if "cls" in state:
-            self._pick("cls", self._first, chunk)
+            # Where nothing but the prompt comes, the row's first token is taken all the same.
+            for first in {0, self.prompt_length}:
+                self._pick("cls", torch.full_like(end, first), chunk)
         if "lasttoken" in state:
-            self._pick("lasttoken", torch.where(self._kept > 0, self.lengths - 1, -1), chunk)
+            self._pick("lasttoken", torch.where(end > self.prompt_length, end - 1, -1), chunk)
         if "max" in state:
             top = hidden.masked_fill(~kept[..., None], -torch.inf).amax(dim=1)
             state["max"][chunk.rows] = torch.maximum(state["max"][chunk.rows], top)
@@ -83,12 +84,14 @@ class StreamingPooling:
             raise RuntimeError("finalize() before any update(): there is no chunk to pool.")
         return torch.cat([self._result(mode).to(self._dtype) for mode in self.modes], dim=-1)
 
-    def _allocate(self, hidden: Tensor) -> None:
+    def _allocate(self, chunk: Chunk) -> None:
         """Set up the accumulators; sums run over the whole text, and lose nothing in float64."""
+        hidden = chunk.hidden
+        self._seen = chunk.lengths.new_zeros(self.batch)
         self._dtype = hidden.dtype
         if hidden.device.type != "mps":  # Which has no float64.
             self._total_dtype = torch.float64
-        shape = (len(self.lengths), hidden.shape[-1])
+        shape = (self.batch, hidden.shape[-1])
         for mode in self.modes:
             if mode in ("cls", "lasttoken"):
                 self._state[mode] = hidden.new_zeros(shape)
@@ -99,8 +102,8 @@ class StreamingPooling:
                 self._state[name] = hidden.new_zeros(shape, dtype=self._total_dtype)
 
     def _pick(self, mode: str, target: Tensor, chunk: Chunk) -> None:
-        """Keep the hidden state of each row's token `target` if it lies in this chunk."""
-        local = target[chunk.rows] - chunk.start
+        """Keep the hidden state of each row's token `target`, (n,), if it lies in this chunk."""
+        local = target - chunk.start
         here = ((local >= 0) & (local < chunk.lengths)).nonzero()[:, 0]
         self._state[mode][chunk.rows[here]] = chunk.hidden[here, local[here]]
 
@@ -111,11 +114,11 @@ class StreamingPooling:
         total = self._state[name]
         if mode == "weightedmean":
             # The weights are 1, 2, 3, ... and sum up to n (n + 1) / 2, less the prompt's share.
-            prompt = self.lengths.clamp(max=self.prompt_length)
-            weights = self.lengths * (self.lengths + 1) - prompt * (prompt + 1)
+            prompt = self._seen.clamp(max=self.prompt_length)
+            weights = self._seen * (self._seen + 1) - prompt * (prompt + 1)
             divisor = (weights // 2).to(total.dtype)
         else:
-            divisor = self._kept.to(total.dtype)
+            divisor = (self._seen - self.prompt_length).clamp(min=0).to(total.dtype)
             if mode == "mean_sqrt_len_tokens":
                 divisor = divisor.sqrt()
         return total / divisor.clamp(min=1e-9)[:, None]
@@ -127,7 +130,8 @@ class TokenStream:
 
     Attributes:
         chunks: The chunks, in the order of the text.
-        lengths: (batch,) int64, the number of tokens of each row, padding not counted.
+        lengths: (batch,) int64, the number of tokens of each row, padding not counted; 0 where the
+            row's end is not known yet.
     """
 
     chunks: Iterator[Chunk]
@@ -139,7 +143,7 @@ class TokenStream:
 
     def pool(self, modes: Sequence[str], prompt_length: int = 0) -> Tensor:
         """Read all chunks; see `StreamingPooling` for arguments, result and errors."""
-        pooling = StreamingPooling(modes, self.lengths, prompt_length)
+        pooling = StreamingPooling(modes, len(self.lengths), prompt_length)
         for chunk in self.chunks:
             pooling.update(chunk)
         return pooling.finalize()

@@ -37,7 +37,7 @@ def test_it_is_the_released_pooling(dtype, lengths, cuts, prompt_length, modes):
     hidden = torch.randn(len(lengths), longest, 5, dtype=torch.float64).to(dtype)
     mask = (torch.arange(longest) < lengths[:, None]).long()
 
-    pooling = StreamingPooling(modes, lengths, prompt_length)
+    pooling = StreamingPooling(modes, len(lengths), prompt_length)
     for chunk in stream_of(hidden, lengths, {cut for cut in cuts if cut < longest}):
         pooling.update(chunk)
     found = pooling.finalize()
@@ -54,12 +54,12 @@ def test_modes_are_those_of_the_library():
 
 def test_an_unknown_mode_is_named():
     with pytest.raises(ValueError, match="attention"):
-        StreamingPooling(("mean", "attention"), torch.tensor([3]))
+        StreamingPooling(("mean", "attention"), 1)
 
 
 def test_without_a_chunk_there_is_no_embedding():
     with pytest.raises(RuntimeError, match="no chunk"):
-        StreamingPooling(("mean",), torch.tensor([3])).finalize()
+        StreamingPooling(("mean",), 1).finalize()
 
 
 @pytest.mark.parametrize("mode", ["mean", "mean_sqrt_len_tokens", "weightedmean"])
@@ -68,7 +68,7 @@ def test_sums_beyond_the_integers_of_float32_are_exact(dtype, mode):
     """Two chunks of four tokens, and zeros between them that are not run: 2^25 tokens."""
     length = 2**25 + 3
     value = torch.rand(1, 4, 2, dtype=torch.float64).to(dtype)
-    pooling = StreamingPooling((mode,), torch.tensor([length]))
+    pooling = StreamingPooling((mode,), 1)
     for start in (0, length - 4):
         pooling.update(Chunk(start, torch.tensor([0]), torch.tensor([4]), value))
 
@@ -92,7 +92,7 @@ def test_sums_beyond_the_integers_of_float32_are_exact(dtype, mode):
 def test_sums_of_many_chunks_lose_nothing(mode):
     """One bit in the last place of a float32 for each of the chunks, of which there are many."""
     count, value = 20_000, 1 + 2**-23
-    pooling = StreamingPooling((mode,), torch.tensor([count]))
+    pooling = StreamingPooling((mode,), 1)
     for start in range(count):
         hidden = torch.full((1, 1, 1), value)
         pooling.update(Chunk(start, torch.tensor([0]), torch.tensor([1]), hidden))

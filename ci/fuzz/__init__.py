@@ -1,0 +1,1 @@
+"""Streamed token ids against those of the whole text, on random tokenizers and nasty texts."""
