@@ -15,9 +15,9 @@ from support.tolerances import COSINE
 from tokenizers import Regex, normalizers
 
 import compat
-from compat import TextStream, _streamed_texts
+from compat import TextStream
 from compat.families.lookup import FAMILIES
-from compat.hooks import progress
+from compat.hooks import progress, streamed_texts
 from compat.stream.pooling import POOLING_MODES
 from compat.stream.tokenizer import StreamingTokenizer
 
@@ -27,16 +27,16 @@ pytestmark = pytest.mark.skipif(FORKS, reason="the forks read texts whole")
 @pytest.fixture(autouse=True)
 def _texts_of_more_than_40_characters_are_long(monkeypatch):
     """And a window has 16, so that tiny models do."""
-    monkeypatch.setattr(_streamed_texts, "LONG", 40)
-    monkeypatch.setattr(_streamed_texts, "StreamingTokenizer", lambda t: StreamingTokenizer(t, 16))
+    monkeypatch.setattr(streamed_texts, "LONG", 40)
+    monkeypatch.setattr(streamed_texts, "StreamingTokenizer", lambda t: StreamingTokenizer(t, 16))
 
 
 @pytest.fixture
 def streams(monkeypatch):
     """The texts that were streamed."""
     seen = []
-    made = _streamed_texts._ids
-    monkeypatch.setattr(_streamed_texts, "_ids", lambda *args: seen.append(args[1]) or made(*args))
+    made = streamed_texts._ids
+    monkeypatch.setattr(streamed_texts, "_ids", lambda *args: seen.append(args[1]) or made(*args))
     return seen
 
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_streamed_is_read_whole_and_said_once(model, streams, wha
     else:
         released = model[0].preprocess
         model[0].preprocess = lambda texts, **kw: released([t.strip() for t in texts], **kw)
-    _streamed_texts._warn_of_whole_texts.cache_clear()
+    streamed_texts._warn_of_whole_texts.cache_clear()
     texts = [text(100), pieces_of(text(100))]
     with compat.vertical_chunking():
         with pytest.warns(UserWarning, match=f"tokenized as a whole.*{said}"):

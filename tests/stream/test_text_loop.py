@@ -9,7 +9,7 @@ from support.families import tiny_model
 from support.tolerances import CHUNKED, error
 
 from compat.families.lookup import backbone_of
-from compat.stream.loop import _run, stream_texts
+from compat.stream.text_loop import _run, stream_texts
 from compat.stream.token_ids import TokenIds
 from compat.stream.tokenizer import StreamingTokenizer
 
