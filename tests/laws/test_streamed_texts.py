@@ -108,6 +108,13 @@ def test_only_long_texts_are_streamed(model, streams):
     assert set(streams) == {texts[1], texts[2]}
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_special_tokens_are_text_where_the_call_says_so(model, streams, split):
+    texts = [text(30) + "<end>" * 5 + text(30)]
+    agree(model, texts, 9, processing_kwargs={"text": {"split_special_tokens": split}})
+    assert len(streams) == 2
+
+
 def test_modules_on_the_way_to_pooling(mamba2_checkpoint):
     width = 32
     dense = Dense(
