@@ -240,7 +240,8 @@ def differences(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
 
 ABOUT = (
-    "peak MB: memory of one call of encode, above the loaded model, the tokenizer's own apart\n"
+    "peak MB: memory of one call of encode, above the loaded model; of a full pass, without the\n"
+    "tokenizer's, which stands before it: in chunks, the tokens of long texts are made on the way\n"
     "difference: between the embeddings of both, the largest of any number, and cosine distance"
 )
 HEADER = (
@@ -313,7 +314,7 @@ def plot(rows: list[Row], path: Path) -> None:
         )
     draw("" if not_run else "one full pass", full, "C3", "{:,.0f}", marker="o")
     draw(f"chunks of {VERTICAL_CHUNK_SIZE}", chunked, "C0", "{:,.0f}", above=False, marker="o")
-    draw("the tokenizer alone,\nthe same for both", tokenizer, "0.5", linestyle=":", marker=".")
+    draw("the tokenizer alone,\nbefore a full pass", tokenizer, "0.5", linestyle=":", marker=".")
 
     title = "Memory for embedding one text, above that of the loaded model"
     axes.set_title(title, loc="left", weight="bold", pad=24)

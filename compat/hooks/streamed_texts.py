@@ -190,10 +190,11 @@ def _streaming(tokenizer: Any) -> StreamingTokenizer:
         return StreamingTokenizer(tokenizer)  # Which says why not.
     # Padding and truncation, which each call sets, stand before the added tokens.
     described = describe(backend).partition('"added_tokens"')[2]
-    state = (hashlib.sha256(described.encode()).digest(), tokenizer.split_special_tokens)
+    # Whether special tokens are text is set by each call too, and holds for this one.
+    state = (hashlib.sha256(described.encode()).digest(), backend.encode_special_tokens)
     if tokenizer not in _known or _known[tokenizer][0] != state:
         try:
-            _known[tokenizer] = state, StreamingTokenizer(tokenizer)
+            _known[tokenizer] = state, StreamingTokenizer(backend)
         except UnsupportedTokenizerError as error:
             _known[tokenizer] = state, error
     found = _known[tokenizer][1]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Pooling
-from support.embedders import embedder, save_checkpoint, text
+from support.embedders import character_tokenizer, embedder, save_checkpoint, text
 from support.stack import FORKS
 from support.tolerances import COSINE
 from tokenizers import Regex, normalizers
@@ -20,6 +20,7 @@ from compat.families.lookup import FAMILIES
 from compat.hooks import progress, streamed_texts
 from compat.stream.pooling import POOLING_MODES
 from compat.stream.tokenizer import StreamingTokenizer
+from tests.families.test_instances import with_rope
 
 pytestmark = pytest.mark.skipif(FORKS, reason="the forks read texts whole")
 
@@ -71,6 +72,15 @@ def test_every_family(tmp_path_factory, model_type, lengths, size, mode):
     agree(model, [text(length, seed) for seed, length in enumerate(lengths)], size)
 
 
+def test_positions_that_need_the_length_of_the_text(tmp_path):
+    """Such a text is tokenized as a whole, also where it comes in pieces."""
+    with_rope("bamba", "dynamic", limit=16).save_pretrained(tmp_path)
+    character_tokenizer("right", False).save_pretrained(tmp_path)
+    model = embedder(str(tmp_path))
+    model.max_seq_length = 1000
+    agree(model, [text(length) for length in (60, 90)], 7)
+
+
 SAVED = {}
 
 
@@ -107,6 +117,13 @@ def test_only_long_texts_are_streamed(model, streams):
     with compat.vertical_chunking():
         model.encode(texts, vertical_chunk_size=8)
     assert set(streams) == {texts[1], texts[2]}
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_special_tokens_are_text_where_the_call_says_so(model, streams, split):
+    texts = [text(30) + "<end>" * 5 + text(30)]
+    agree(model, texts, 9, processing_kwargs={"text": {"split_special_tokens": split}})
+    assert len(streams) == 2
 
 
 def test_modules_on_the_way_to_pooling(mamba2_checkpoint):
