@@ -60,7 +60,7 @@ def holds(check: Callable[[], object]) -> bool:
 
 def transformers() -> dict[str, bool]:
     """Chunks through a model's own cache against each row alone in one pass."""
-    released: Any = importlib.import_module("laws.test_released")  # Needs pytest.
+    released: Any = importlib.import_module("tests.laws.test_released")  # Needs pytest.
     several, single, drop = released.SEVERAL, released.SINGLE, released.DROP
     padded, padded_single = released.PADDED, released.PADDED_SINGLE
     everything = [several, single, drop, padded, padded_single]
@@ -106,7 +106,7 @@ def _fused(case: str, **settings: Any) -> bool:
     import torch
 
     families: Any = importlib.import_module("support.families")
-    released: Any = importlib.import_module("laws.test_released")
+    released: Any = importlib.import_module("tests.laws.test_released")
     right: float = importlib.import_module("support.tolerances").CHUNKED[torch.float32]
     how = released.CASES[case]
     model = families.tiny_model("mamba2", **settings)

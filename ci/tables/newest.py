@@ -107,7 +107,7 @@ def hooks() -> str:
     """Whether the hooks go in, and come out without a trace."""
     import compat
 
-    attributes: Any = importlib.import_module("hooks.test_switch").attributes
+    attributes: Any = importlib.import_module("tests.hooks.test_switch").attributes
     compat.disable_vertical_chunking()
     before = attributes()
     report = compat.enable_vertical_chunking()
@@ -128,7 +128,7 @@ def new_types() -> str:
     from compat.families.lookup import FAMILIES
     from compat.families.supported import UNSUPPORTED
 
-    found, _ = importlib.import_module("families.test_supported").recurrent_types()
+    found, _ = importlib.import_module("tests.families.test_supported").recurrent_types()
     new = sorted(found - set(FAMILIES) - set(UNSUPPORTED))
     known = f"{matrix.REFUSED}: not in the registry, and so refused as unknown: {', '.join(new)}"
     return known if new else matrix.RIGHT

@@ -157,7 +157,7 @@ def test_a_reader_of_fewer_tokens_says_so_and_of_more_lengths_the_same_one_is_ta
 
 def test_the_rows_cover_every_comparison_and_each_has_a_number_for_the_best_reader(monkeypatch):
     for library in (object(), None):
-        monkeypatch.setattr(bench._native, "library", lambda found=library: found)
+        monkeypatch.setattr(bench.compiled, "library", lambda found=library: found)
         best = "native" if library else "torch"
         runs = {name: list(timings(name)) for name in bench.comparisons(SMOKE)}
         assert all(re.match("[0-9]", row[best]) for row in bench.table(runs))

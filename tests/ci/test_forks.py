@@ -371,11 +371,11 @@ def test_a_merge_is_refused(root, tree):
 @pytest.fixture
 def overlay(root):
     """A file of the repository that the fork takes over, pinned in fork.toml."""
-    (root / "compat").mkdir()
-    (root / "compat" / "_pooling.py").write_text("pooling = 1\n")
+    (root / "compat" / "stream").mkdir(parents=True)
+    (root / "compat" / "stream" / "pooling.py").write_text("pooling = 1\n")
     sha256 = hashlib.sha256((root / "forks/tiny/tiny_lib-1.0.tar.gz").read_bytes()).hexdigest()
     pin(root, sha256, '[overlays]\n"compat/stream/pooling.py" = "tiny/sub/pooling.py"\n')
-    return root / "compat" / "_pooling.py"
+    return root / "compat" / "stream" / "pooling.py"
 
 
 def test_an_overlay_is_in_the_tree_and_in_no_patch(root, tree, overlay):
@@ -412,7 +412,7 @@ def test_an_overlay_is_a_new_file(root, overlay):
         forks.sync("tiny", root)
     overlay.unlink()
     path.write_text(path.read_text().replace("tiny/core.py", "tiny/other.py"))
-    with pytest.raises(forks.ForkError, match=r"no .*_pooling\.py"):
+    with pytest.raises(forks.ForkError, match=r"no .*pooling\.py"):
         forks.sync("tiny", root)
 
 

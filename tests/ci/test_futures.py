@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from support.stack import FORKS
 
-from ci.futures import __main__ as futures
-from ci.futures.__main__ import BROKEN, EXACT, NOT_MADE, REFUSED, SLOWER, WRONG, Outcome
+from ci.futures import trial as futures
 from ci.futures.mutations import HARMLESS, MEANING, MUTATIONS, UNCHANGED
 from ci.futures.rewrite import FAMILIES, Copy, DoesNotApply
+from ci.futures.trial import BROKEN, EXACT, NOT_MADE, REFUSED, SLOWER, WRONG, Outcome
 
 pytestmark = pytest.mark.skipif(FORKS, reason="the forks have no hooks that could fail")
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def test_every_future_ends_exact_or_refused():
 # What a compat does that is at fault; each in a fork, in which no model has been imported.
 SABOTAGE = """
 import dataclasses, importlib, json, multiprocessing
-from ci.futures import __main__ as futures
+from ci.futures import trial as futures
 
 for module in futures.SHARED:
     importlib.import_module(module)

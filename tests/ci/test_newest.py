@@ -100,7 +100,7 @@ def test_hooks_that_go_in_and_come_out_are_right():
 
 
 def test_a_hook_that_stays_is_not_right(monkeypatch):
-    pooling = newest.importlib.import_module("test_hooks").Pooling
+    pooling = newest.importlib.import_module("tests.hooks.test_switch").Pooling
     before = pooling.forward
     disable = compat.hooks.switch.disable_vertical_chunking
 
