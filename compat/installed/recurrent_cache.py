@@ -99,7 +99,7 @@ def state_argument(forward: Callable[..., Any]) -> str:
         forward: The forward of a model or of a layer.
 
     Raises:
-        UnsupportedVersionError: It takes none of the known names. Any other name would vanish in its
+        UnsupportedVersionError: It takes none of the known names. Any other would vanish in its
             `**kwargs`, and the model would begin anew at each chunk.
     """
     return _one_of(STATES, parameters(forward), f"{innermost(forward).__qualname__} takes")

@@ -24,8 +24,8 @@ def load_model(path: str | None, dtype: str, device: str | None) -> SentenceTran
     """Load a model that can embed; without a path, the default one.
 
     Raises:
-        VerticalChunkingError: There is no such device or model, or the model is broken, is too large,
-            or does not read in chunks.
+        VerticalChunkingError: There is no such device or model, or the model is broken, is too
+            large, or does not read in chunks.
     """
     _check_device(device)
     kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
