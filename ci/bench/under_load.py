@@ -1,7 +1,7 @@
 """Measure what busy neighbours cost a model on a CPU: `python -m ci.bench.under_load`.
 
 Each way of waiting has a process of its own; they take turns, while a number of other processes are
-busy. The fair share of a program with T threads beside B busy processes on C cores is T / (T + B) of
+busy. The share of a program with T threads beside B busy processes on C cores is T / (T + B) of
 them, which would take the time `alone / share`. The figures are good only if nothing else runs.
 """
 
