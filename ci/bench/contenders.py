@@ -40,7 +40,7 @@ class Sizes:
     state_size: int = 128  # Of Mamba2.
     chunk: int = 512  # The vertical chunk size.
     text: int = 8192
-    short: int = 4096  # For models whose released scan is slow.
+    short: int = 4096  # A length for models whose released scan is slow.
     lengths: tuple[int, ...] = (2048, 8192, 32_768, 131_072)  # Read once, with the memory measured.
     rounds: int = 3
 
@@ -53,7 +53,7 @@ class Contender:
     """A way to read, described in words that can be sent to another process."""
 
     name: str  # One of the constants above: a reader, perhaps with FULL or BATCH, or another.
-    tokens: int  # Of the longest text.
+    tokens: int  # The length of the longest text.
     rounds: int
     model: str = "mamba2"  # The model type; for a transformer, that of its opponent.
     dtype: str = "float32"
@@ -64,8 +64,8 @@ class Timing:
     """The result of a contender."""
 
     contender: str
-    tokens: int  # Of all texts of one round.
-    seconds: list[float]  # Of each round.
+    tokens: int  # The number in all texts of one round.
+    seconds: list[float]  # One number for each round.
     peak_bytes: int | None = None  # Above the loaded model; None where others ran beside it.
 
 

@@ -84,7 +84,7 @@ def require_exact(backbone: PreTrainedModel, family: Family) -> None:
         installed = f"transformers {transformers.__version__}"
         raise UnsupportedModelError(
             f"{type(backbone).__name__} with {installed}, which {reason}",
-            "a model that gives in chunks what it gives in one pass",
+            "a model that gives the same in chunks as in one pass",
             "encode it without vertical_chunk_size, or try another release: pip install "
             '"transformers>=5.15,<=5.24"',
         )

@@ -91,7 +91,7 @@ def _of_peft(model: nn.Module) -> Any:
     if reason:
         raise UnsupportedModelError(
             f"a {type(model).__name__} of PEFT, which {reason}",
-            "a wrapper that gives what the model in it gives",
+            "a wrapper that gives the same as the model in it",
             _INTO_THE_MODEL,
         )
     return inner
