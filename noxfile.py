@@ -1,4 +1,4 @@
-"""Everything that is run in this repository, each by one short verb: `python3 -m nox -s VERB`."""
+"""All tasks of this repository, each under one short verb: `python3 -m nox -s VERB`."""
 
 import argparse
 import os
@@ -20,9 +20,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 INTERPRET = {"TRITON_INTERPRET": "1"}
 # Tests share the cores; each of them has one thread.
 PYTEST = ["pytest", "-n", "auto", "--dist", "worksteal"]
-# The patched sources of the libraries of kernels, in the order in which they need each other.
+# The patched sources of the kernel libraries, in the order in which they need each other.
 TREES = {library: f"forks/{library}/tree" for library in ["causal-conv1d", "mamba-ssm"]}
-# The patched libraries that need no compat; the tests that hold them to the laws without it.
+# The patched libraries that need no compat; tests hold them to the laws without it.
 NATIVE = ["transformers", "sentence-transformers"]
 _HOOKS = "stack refusals stored_default workers"
 LAWS = [
@@ -33,7 +33,7 @@ LAWS = [
 
 
 def install(session, *groups, extras="", pins="ci/constraints.txt"):
-    """The package itself, and dependency groups of pyproject.toml, as pinned.
+    """Install the package itself, and dependency groups of pyproject.toml, as pinned.
 
     torch is named first and exactly, so that a machine that has a wheel of it at hand takes that.
     """
@@ -51,7 +51,7 @@ def demo(session):
 
 @nox.session
 def tests(session):
-    """All tests that need no GPU, but for the slow ones of the kernels."""
+    """Run all tests that need no GPU, except the slow ones of the kernels."""
     install(session, "tests", extras="[embed]")
     session.run(*PYTEST, "-m", "not slow", *session.posargs, env=OFFLINE | INTERPRET)
 
@@ -66,12 +66,12 @@ def forks(session):
 
 @nox.session(name="test-kernels", default=False)
 def test_kernels(session):
-    """The kernels of the forks, stock and patched, run and compiled without a GPU: 20 minutes."""
+    """Run and compile the forks' kernels, stock and patched, without a GPU: 20 minutes."""
     install(session, "tests")
     session.run(*PYTEST, "tests/kernels", *session.posargs, env=OFFLINE | INTERPRET)
     if session.posargs:
         return
-    # A rehearsal of test-gpu: a few examples of each law, which were drawn in full above.
+    # This rehearses test-gpu with a few examples of each law; above they were drawn in full.
     session.run(*PYTEST, "tests/gpu", "-k", "not thorough", env=OFFLINE | INTERPRET)
     tiny = ["--device", "cpu", "--layers", "2", "--hidden-size", "128", "--lengths", "64", "600"]
     session.run("python", "-m", "ci.bench.gpu", *tiny, env=OFFLINE)
@@ -87,7 +87,7 @@ def test_kernels(session):
 
 @nox.session(name="test-futures", default=False)
 def test_futures(session):
-    """Models on mutated sources of transformers: does each end exact or refused?"""
+    """Run models on mutated sources of transformers: each must end exact or refused."""
     install(session, "tests")
     session.run("python", "-m", "ci.futures", *session.posargs, env=OFFLINE)
 
@@ -103,7 +103,7 @@ def fuzz_tokenizers(session):
 
 @nox.session(name="test-gpu", default=False)
 def test_gpu(session):
-    """The patched kernels on a machine with a GPU: build, upstream's tests, the laws, times."""
+    """Test the patched kernels on a machine with a GPU: build, upstream's tests, laws, times."""
     if shutil.which("nvidia-smi") is None:
         session.error(
             "Found no nvidia-smi on the PATH; needed: a machine with an NVIDIA GPU, its driver and "
@@ -121,7 +121,7 @@ def test_gpu(session):
         install_kernels = ["--no-build-isolation", "-c", "ci/constraints.txt", f"{copy}"]
         session.install(*install_kernels, env=build)
     for library in TREES:
-        # Upstream's own settings, not ours; and no model from a hub.
+        # Upstream's own settings are used, not ours, and no model from a hub.
         own = ["-c", os.devnull, "--rootdir", f"{scratch / library}"]
         session.run("pytest", *own, f"{scratch / library}/tests", env=OFFLINE)
     # The laws are about float32, which Triton would round to TF32 in matrix products.
@@ -131,7 +131,7 @@ def test_gpu(session):
 
 @nox.session(name="test-forks", default=False)
 def test_forks(session):
-    """The laws on the forks of transformers and sentence-transformers, without compat's hooks."""
+    """Test the laws on the forks of transformers and sentence-transformers, without hooks."""
     install(session, "tests", extras="[embed]")
     session.run("python", "-m", "ci.forks", "sync", *NATIVE)
     scratch = Path(session.create_tmp())
@@ -139,7 +139,7 @@ def test_forks(session):
         copy = scratch / library  # A build in the tree would leave its traces there.
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(f"forks/{library}/tree", copy, ignore=shutil.ignore_patterns(".git"))
-        # The fork has the version of the release that is there.
+        # The fork has the same version as the installed release.
         session.install("--force-reinstall", "--no-deps", "--no-build-isolation", f"{copy}")
     stack = {"VERTICAL_CHUNKING_STACK": "forks"}
     session.run(*PYTEST, *(session.posargs or LAWS), env=OFFLINE | INTERPRET | stack)
@@ -147,7 +147,7 @@ def test_forks(session):
 
 @nox.session(name="test-upstream", default=False)
 def test_upstream(session):
-    """Upstream's own tests on the releases, on the forks, and on the releases with compat."""
+    """Run upstream's own tests on the releases, on the forks, and on the releases with compat."""
     install(session, "upstream")
     for library in NATIVE:
         session.run("python", "-m", "ci.forks.upstream_tests", library, *session.posargs)
@@ -155,7 +155,7 @@ def test_upstream(session):
 
 @nox.session(name="test-hub-kernels", default=False)
 def test_hub_kernels(session):
-    """The hub kernels, built from the forks: under transformers' models on a CPU, and compiled."""
+    """Test the hub kernels, built from the forks: under transformers' models, and compiled."""
     install(session, "hub", pins="ci/constraints-hub.txt")
     session.run("python", "-m", "ci.forks", "propagate")
     tests = session.posargs or ["tests/hub", "tests/ci/test_hub_kernels.py"]
@@ -163,7 +163,7 @@ def test_hub_kernels(session):
     if session.posargs:
         return
     for kernel in TREES:
-        # The kernel's own tests, which find it as they do in kernels-community.
+        # These are the kernel's own tests, which find it as they do in kernels-community.
         folder = Path("forks/kernels-community", kernel).absolute()
         local = {"LOCAL_KERNELS": f"kernels-community/{kernel}={folder}/tree"}
         own = ["-c", os.devnull, "--rootdir", f"{folder}", "-m", "kernels_ci"]
@@ -179,22 +179,22 @@ def test_hub_kernels(session):
 
 @nox.session(name="test-matrix", default=False)
 def test_matrix(session):
-    """compat on older releases of both libraries, and what it says of those that are too old."""
+    """Try compat on older releases of both libraries, down to those that are too old."""
     install(session, "tests")
     session.run("python", "-m", "ci.tables.matrix", *session.posargs, env=OFFLINE)
 
 
 @nox.session(name="test-newest", default=False, reuse_venv=False)
 def test_newest(session):
-    """What the newest release of every upstream breaks: to be run weekly; `-- --torch VERSION`."""
+    """Say what the newest upstream releases break; to be run weekly; `-- --torch VERSION`."""
     parser = argparse.ArgumentParser(prog="nox -s test-newest --", allow_abbrev=False)
     parser.add_argument("--torch", metavar="VERSION", help="another than the one that is pinned")
     options, arguments = parser.parse_known_args(session.posargs)
-    # The one pin: without it pip brings the newest build for CUDA, gigabytes that nothing here
-    # uses, and on most machines the pinned one is there already.
+    # This is the one pin. Without it pip installs the newest build for CUDA, gigabytes that nothing
+    # here uses, and most machines have the pinned one already.
     pinned = re.search("^torch==(.+)$", Path("ci/constraints.txt").read_text(), re.MULTILINE)[1]
     project = nox.project.load_toml("pyproject.toml")
-    # By name alone, also where pyproject.toml claims less than what PyPI has.
+    # By name alone, as pyproject.toml may claim less than what PyPI has.
     wanted = [
         *project["project"]["dependencies"],
         *project["project"]["optional-dependencies"]["embed"],
@@ -208,14 +208,14 @@ def test_newest(session):
 
 @nox.session(default=False)
 def downstream(session):
-    """Vertical chunking through libraries that call encode: LangChain, LlamaIndex, Haystack."""
+    """Test libraries that call encode, in chunks: LangChain, LlamaIndex, Haystack."""
     install(session, "downstream")
     session.run("pytest", "tests/downstream", *session.posargs, env=OFFLINE)
 
 
 @nox.session(name="test-fla", default=False)
 def test_fla(session):
-    """Models of flash-linear-attention and xlstm, in Triton's interpreter: some minutes."""
+    """Test models of flash-linear-attention and xlstm, in Triton's interpreter: some minutes."""
     install(session, "tests", extras="[fla,xlstm]")
     files = ["tests/families/test_fla.py", "tests/families/test_xlstm_large.py"]
     session.run("pytest", *files, *session.posargs, env=OFFLINE | INTERPRET)
@@ -223,13 +223,13 @@ def test_fla(session):
 
 @nox.session
 def lint(session):
-    """Lint, formatting, types, and the workflows."""
+    """Check lint, formatting, types, and the workflows."""
     install(session, "lint", extras="[embed]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
     workflows = [f"{path}" for path in Path(".github/workflows").glob("*.yml")]
-    schema = ["--builtin-schema", "vendor.github-workflows"]  # It comes along: no network.
+    schema = ["--builtin-schema", "vendor.github-workflows"]  # Built in: no network.
     session.run("check-jsonschema", *schema, *workflows)
     session.run("zizmor", "--offline", *workflows)
 
@@ -252,6 +252,6 @@ def evaluate_model(session):
 
 @nox.session(default=False)
 def bench(session):
-    """Time and memory, beside released transformers and a transformer; never part of the tests."""
+    """Measure time and memory beside released transformers and a transformer; not a test."""
     install(session, "demo")
     session.run("python", "-m", "ci.bench", *session.posargs, env=OFFLINE)

@@ -1,1 +1,1 @@
-"""The repository's tools: the default model's making, measuring, and the demo."""
+"""The repository's tools: making the default model, measuring, and the demo."""

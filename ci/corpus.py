@@ -1,4 +1,4 @@
-"""Real text that every Python has: the documentation topics and the docstrings of its library."""
+"""Real text that every Python has: the documentation topics and docstrings of its library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics as _topics
 
-# Not in every installation of a Python, so left out: the text would differ between machines.
+# These are not in every installation of Python. They are left out, because otherwise the text would
+# differ between machines.
 _LEFT_OUT = frozenset(
     {"__pycache__", "dist-packages", "distutils", "ensurepip", "idlelib", "lib2to3"}
     | {"pydoc_data", "site-packages", "test", "tests", "tkinter", "turtledemo"}
@@ -19,12 +20,12 @@ _SEPARATOR = "\n\n"
 
 
 def topics() -> dict[str, str]:
-    """The language reference that `help("topics")` shows: some 80 texts, 465,000 characters."""
+    """Return the language reference of `help("topics")`: some 80 texts, 465,000 characters."""
     return dict(_topics)
 
 
 def docstrings() -> Iterator[tuple[str, str]]:
-    """Docstrings of the standard library as `(module:line, text)`, some 1.3 million characters.
+    """Yield docstrings of the library as `(module:line, text)`, some 1.3 million characters.
 
     They are read from the source files, in the order of their paths and lines; nothing is imported.
     """
@@ -37,7 +38,7 @@ def docstrings() -> Iterator[tuple[str, str]]:
 
 def _docstrings_of(path: Path, module: str) -> Iterator[tuple[str, str]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # Of the library's own source, not of ours.
+        warnings.simplefilter("ignore", SyntaxWarning)  # The warnings are about the library.
         tree = ast.parse(path.read_bytes())
     found = []
     for node in ast.walk(tree):
@@ -49,17 +50,17 @@ def _docstrings_of(path: Path, module: str) -> Iterator[tuple[str, str]]:
 
 
 def long_text() -> str:
-    """All topics end to end."""
+    """Return all topics, end to end."""
     return _SEPARATOR.join(topics().values())
 
 
 def text_of_length(characters: int) -> str:
-    """A text of exactly that many characters: all topics, then docstrings, over again if need be.
+    """Return exactly that many characters: all topics, then docstrings, repeated if need be.
 
     A shorter text is the beginning of a longer one.
     """
     parts: list[str] = []
-    missing = characters + len(_SEPARATOR)  # No separator follows the last text.
+    missing = characters + len(_SEPARATOR)  # The last text has no separator.
     texts = itertools.chain.from_iterable(
         itertools.chain(topics().values(), (text for _, text in docstrings()))
         for _ in itertools.count()

@@ -1,9 +1,9 @@
 """Search real text, embed it in one pass and in chunks, and compare: `python -m ci.demo`.
 
 The text is Python's own documentation. First, questions are answered with the topics that are
-nearest to them. Then the topics are embedded as documents, all of them as one text, parts of that
-text, and longer texts, up to some hundred thousand tokens. Each of these embeddings is made in a
-process of its own, which measures its memory; a table is printed, and a plot written.
+nearest to them. Then these are embedded: the topics as documents, all of them as one text, parts of
+that text, and longer texts, up to some hundred thousand tokens. Each of these embeddings is made in
+a process of its own, which measures its memory; a table is printed, and a plot written.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 VERTICAL_CHUNK_SIZE = 512
 BATCH_SIZE = 4
-LONGEST_SECONDS = 60  # One embedding that would take longer is not made: the demo is to be short.
-SHARE_OF_FREE = 0.75  # Estimates are linear; a full pass has a small part that is quadratic.
+LONGEST_SECONDS = 60  # The demo is to be short: an embedding that would take longer is left out.
+SHARE_OF_FREE = 0.75  # The estimates are linear, but a small part of a full pass is quadratic.
 
 _CONFIG = json.loads((FOLDER / "config.json").read_text())
 MODEL = (
@@ -41,7 +41,7 @@ MODEL = (
     f"{_CONFIG['hidden_size']}, {_CONFIG['dtype']}, on the CPU"
 )
 
-# What a newcomer may ask, in other words than the documentation's where there are some.
+# A newcomer's questions, in other words than the documentation's where there are some.
 QUESTIONS = [
     "how do I define a generator",
     "operator precedence",
@@ -58,17 +58,17 @@ Embedding = Measurement[np.ndarray]
 
 @dataclass
 class Row:
-    """One line of the table: some texts, and how it went to embed them.
+    """A line of the table: some texts, and the results of embedding them.
 
     Attributes:
-        name: What the texts are.
+        name: A name for the texts.
         texts: The texts.
         tokens: The tokens of each, int64.
         tokenizer_bytes: Peak memory of making the tokens.
-        full: In one pass, or None where that was not run.
-        chunked: In chunks, or None where that was not run.
+        full: The result in one pass, or None where that was not run.
+        chunked: The result in chunks, or None where that was not run.
         estimate: Bytes that the full pass would have needed; None where it was run.
-        notes: Why something was not run.
+        notes: The reasons why something was not run.
     """
 
     name: str
@@ -82,20 +82,20 @@ class Row:
 
     @property
     def total(self) -> int:
-        """Tokens of all texts."""
+        """The number of tokens of all texts."""
         return sum(map(len, self.tokens))
 
     @property
     def widest(self) -> int:
-        """Tokens of the largest batch that a full pass holds at once, padding included."""
+        """The number of tokens, with padding, in the largest batch of a full pass."""
         return min(BATCH_SIZE, len(self.texts)) * max(map(len, self.tokens))
 
 
-# What runs in the measured processes.
+# The functions that run in the measured processes.
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
-    """The default model's tokenizer, which has run once."""
+    """Return the default model's tokenizer, after it has run once."""
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(FOLDER)
@@ -104,12 +104,12 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-    """The tokens of each text, int64."""
+    """Return the tokens of each text, int64."""
     return [np.array(ids) for ids in tokenizer(texts)["input_ids"]]
 
 
 def load_model() -> SentenceTransformer:
-    """A model that has run once."""
+    """Return the default model, after it has run once."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -122,7 +122,7 @@ def load_model() -> SentenceTransformer:
 
 
 def load_model_for(texts: list[str], tokens: list[np.ndarray]) -> SentenceTransformer:
-    """A model that has run once, and that finds the texts' tokens ready.
+    """Return the default model after a first run, with the texts' tokens ready for it.
 
     In chunks the tokens of long texts are made as they are read, and none are ready.
     """
@@ -143,14 +143,14 @@ def load_model_for(texts: list[str], tokens: list[np.ndarray]) -> SentenceTransf
             "attention_mask": pad_sequence(mask, batch_first=True),
         }
 
-    model[0].preprocess = preprocess  # type: ignore[assignment]  # Typed as any submodule.
+    model[0].preprocess = preprocess  # type: ignore[assignment]  # It is typed as any submodule.
     return model
 
 
 def embed(
     texts: list[str], name: str, vertical_chunk_size: int | None, model: SentenceTransformer
 ) -> np.ndarray:
-    """Call `encode`, and show a bar; returns (len(texts), hidden_size) float32."""
+    """Call `encode` with a progress bar; return (len(texts), hidden_size) float32."""
     characters = sum(map(len, texts))
     bar = tqdm(total=characters, desc=name, unit="char", unit_scale=True, leave=False, disable=None)
     with bar, progress.into(bar):
@@ -158,7 +158,7 @@ def embed(
 
 
 def search(questions: list[str], model: SentenceTransformer) -> list[list[tuple[float, str]]]:
-    """For each question the titles of the topics that are nearest, and the cosines, best first."""
+    """Return for each question the nearest topics' cosines and titles, best first."""
     texts = [text.strip() for text in corpus.topics().values()]
     topics = model.encode(texts, batch_size=BATCH_SIZE, vertical_chunk_size=VERTICAL_CHUNK_SIZE)
     scores = model.encode(questions) @ topics.T
@@ -172,11 +172,11 @@ def search(questions: list[str], model: SentenceTransformer) -> list[list[tuple[
     return [answers[:ANSWERS] for answers in ranked]
 
 
-# What runs in the demo itself.
+# The functions that run in the demo itself.
 
 
 def _texts() -> Iterator[tuple[str, list[str]]]:
-    """The rows, the small ones first: the larger ones are estimated by them."""
+    """Yield the rows, small ones first, because the larger ones are estimated from them."""
     long = corpus.long_text()
     for part in (64, 8):
         yield f"1/{part} of the topics", [long[: len(long) // part]]
@@ -188,7 +188,7 @@ def _texts() -> Iterator[tuple[str, list[str]]]:
 
 
 def _embedding(row: Row, kind: str, size: int | None, before: Row | None) -> Embedding | None:
-    """Embed, unless it would take too much memory or time; then, add a note to the row.
+    """Embed the texts, or note in the row that this would take too much memory or time.
 
     Args:
         row: The texts.
@@ -233,7 +233,7 @@ def _rows() -> Iterator[Row]:
 
 
 def differences(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Largest absolute difference, and largest cosine distance of two rows (n, dim)."""
+    """Return the largest absolute difference and cosine distance of two sets of rows (n, dim)."""
     a, b = one.astype(np.float64), other.astype(np.float64)
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     return float(np.abs(a - b).max()), max(float((1 - cosine).max()), 0.0)
@@ -253,7 +253,7 @@ HEADER = (
 
 
 def line(row: Row) -> str:
-    """The row as a line under `HEADER`."""
+    """Return the row as a line under `HEADER`."""
 
     def cells(found: Embedding | None, width: int) -> str:
         if found is None:
@@ -269,7 +269,7 @@ def line(row: Row) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Write a PNG: peak memory over the number of tokens of one text, both axes logarithmic."""
+    """Write a PNG: peak memory over the number of tokens of one text, on logarithmic axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -290,14 +290,14 @@ def plot(rows: list[Row], path: Path) -> None:
         above: bool = True,
         **style: Any,
     ) -> None:
-        """A line with a label at its end, and a number at each point if a format is given."""
+        """Draw a line with a label at its end, and a number at each point if a format is given."""
         if not points:
             return
         axes.plot(*zip(*points, strict=True), color=color, **style)
         text: dict[str, Any] = {"color": color, "textcoords": "offset points"}
         axes.annotate(label, points[-1], xytext=(11, 5), va="top", **text)
         for x, y in points if numbers else []:
-            # Above a line that rises, to the left of the point is where there is room.
+            # Above a rising line, there is room to the left of the point.
             offset, side = ((4, 7), "right") if above else ((0, -15), "center")
             axes.annotate(numbers.format(y), (x, y), xytext=offset, ha=side, size=9, **text)
 

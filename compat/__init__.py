@@ -81,7 +81,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is asked for: torch and transformers take seconds, and `--help` needs neither."""
+    """Import a public name when it is first asked for.
+
+    Importing torch and transformers takes seconds, and `--help` needs neither.
+    """
     for module, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"compat.{module}"), name)

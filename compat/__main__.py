@@ -69,14 +69,14 @@ def embed(
         list[Path],
         typer.Argument(
             metavar="INPUT",
-            readable=False,  # What cannot be read is one problem among others.
-            help="Tables (.parquet, .csv, .tsv) and JSON lines (.jsonl, .ndjson, .jl), a document "
-            "a row; any other file is a text in UTF-8, but formats that are no prose (.json, .pdf, "
-            ".docx, .html and the like) are refused. All but .parquet may be compressed (.gz, "
-            ".bz2, .zst). Folders are searched through all levels and links, in sorted order, for "
-            "texts alone: what ends in .txt, .md, .rst or .text, compressed or not; how many other "
-            "files they have is said on stderr. A text file may have any size: of it a piece is in "
-            "memory at a time, of tables and JSON lines a record.",
+            readable=False,  # An unreadable input is one problem among others.
+            help="Tables (.parquet, .csv, .tsv) and JSON lines (.jsonl, .ndjson, .jl) have a "
+            "document in each row; any other file is one text in UTF-8. Formats that are not prose "
+            "(.json, .pdf, .docx, .html and the like) are refused. All but .parquet may be "
+            "compressed (.gz, .bz2, .zst). Folders are searched through all levels and links, in "
+            "sorted order, for texts only: files that end in .txt, .md, .rst or .text, compressed "
+            "or not. The number of other files is printed on stderr. A text file may have any size: "
+            "a piece of it is in memory at a time; of tables and JSON lines, a record.",
             show_default=False,
         ),
     ],
@@ -89,9 +89,9 @@ def embed(
             callback=_output,
             help="The Parquet file to write: id, num_tokens (of the text as the model reads it, "
             "without a prompt), embedding and the text's sha256, one row for each document, in "
-            "the order of the inputs. Documents that it has already are "
-            "not embedded again unless their text has changed, and rows of documents that are no "
-            "longer among the inputs are kept, at the end.",
+            "the order of the inputs. Documents that it already has are not embedded again unless "
+            "their text has changed, and rows of documents that are no longer among the inputs are "
+            "kept, at the end.",
             show_default=False,
         ),
     ],
@@ -99,8 +99,8 @@ def embed(
         str | None,
         typer.Option(
             metavar="PATH",
-            help="Folder of a SentenceTransformer; without it, the package's own small model, of "
-            "which stderr says whether its weights are trained.",
+            help="Folder of a SentenceTransformer; by default the package's own small model. "
+            "A line on stderr says whether its weights are trained.",
             show_default=False,
         ),
     ] = None,
@@ -109,27 +109,27 @@ def embed(
         typer.Option(
             min=1,
             metavar="TOKENS",
-            help="Tokens of each text that go through the model at a time: decides the memory, "
-            "not the numbers.",
+            help="Tokens of each text that go through the model at a time. The size affects the "
+            "memory, not the numbers.",
         ),
     ] = 512,
     batch_size: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Documents that are embedded side by side."),
+        typer.Option(min=1, metavar="N", help="Documents that are embedded at the same time."),
     ] = 8,
     max_seq_length: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="TOKENS",
-            help="Tokens that a text may have, with prompt and special tokens; without it, what "
-            "the model's files say. A text that has more is named and not embedded.",
+            help="The most tokens that a text may have, with prompt and special tokens; by default "
+            "the limit in the model's files. A longer text is named and not embedded.",
             show_default=False,
         ),
     ] = None,
     truncate: Annotated[
         bool,
-        typer.Option("--truncate", help="Cut texts that have more, and embed what is left."),
+        typer.Option("--truncate", help="Cut longer texts to that length, and embed them."),
     ] = False,
     dtype: Annotated[
         Dtype,
@@ -143,7 +143,7 @@ def embed(
         str | None,
         typer.Option(
             metavar="D",
-            help="Where to compute, such as cpu or cuda:0; without it, a GPU if there is one.",
+            help="Device to compute on, such as cpu or cuda:0; by default a GPU if there is one.",
             show_default=False,
         ),
     ] = None,
@@ -165,7 +165,7 @@ def embed(
         typer.Option(
             "--traceback",
             envvar="COMPAT_TRACEBACK",
-            help="End in a traceback at the first error that is not foreseen, to report it.",
+            help="End in a traceback at the first unexpected error, to report it.",
             show_default=False,
         ),
     ] = False,
@@ -174,8 +174,8 @@ def embed(
 
     Finished rows are kept in FILE.partial until all is done: after an
     interruption, the same command carries on where it stopped.
-    What cannot be embedded is named on stderr, one line each, and the
-    rest is embedded.
+    Documents that cannot be embedded are named on stderr, one line each,
+    and the rest is embedded.
 
     Exit status: 0 if every document is in the output, 1 if some could
     not be embedded, 2 if the command could not be carried out.
@@ -212,7 +212,7 @@ def embed(
 
 
 def _failure(error: Exception, output: Path) -> typer.Exit:
-    """Say in one line what has ended the command, and what to do."""
+    """Print in one line the error that ended the command and its remedy; return the exit."""
     if not isinstance(error, VerticalChunkingError):
         error = _explained(error, output)
     typer.echo(f"Error: {error}", err=True)

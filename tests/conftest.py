@@ -1,4 +1,4 @@
-"""What all tests share: no network, and a clean state of the hooks."""
+"""Setup that all tests share: no network, and a clean state of the hooks."""
 
 import os
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ import compat.ops
 from compat.ops import compiled
 
 if FORKS:
-    # Where a test turns the hooks on, the libraries are to do it themselves.
+    # The libraries must do it themselves where a test turns the hooks on.
     compat.enable_vertical_chunking = compat.status
     compat.vertical_chunking = lambda: nullcontext(compat.status())
 
@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=300)
-# Where it is of interest which tests fail, and not with how little: of many, that takes long.
+# For runs that ask only which tests fail: searching smaller examples takes long for many failures.
 settings.register_profile(
     "unshrunk", settings.get_profile("default"), phases=[Phase.explicit, Phase.generate]
 )
@@ -51,19 +51,19 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def mamba2_checkpoint(tmp_path_factory):
-    """A saved tiny Mamba2 with its tokenizer."""
+    """Save a tiny Mamba2 with its tokenizer, and return the folder."""
     return save_checkpoint(tmp_path_factory.mktemp("mamba2"))
 
 
 @pytest.fixture
 def model(mamba2_checkpoint):
-    """An embedder of its own for each test: that Mamba2, and mean pooling."""
+    """Return a new embedder for each test: that Mamba2, and mean pooling."""
     return embedder(mamba2_checkpoint)
 
 
 @pytest.fixture(params=["torch", "native"])
 def backend(request):
-    """What the ops of `compat.ops` run on."""
+    """Choose what the ops of `compat.ops` run on."""
     if request.param == "native" and compiled.library() is None:
         pytest.skip(compiled.reason())
     with compat.ops.using(request.param):

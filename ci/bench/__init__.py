@@ -1,1 +1,1 @@
-"""Time and memory, measured beside what else there is: `python -m ci.bench`."""
+"""Measure time and memory beside the alternatives: `python -m ci.bench`."""

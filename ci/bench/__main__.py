@@ -1,9 +1,9 @@
-"""Time and memory against what else there is: `python -m ci.bench [--only NAME ...] [--readme]`.
+"""Measure time and memory beside alternatives: `python -m ci.bench [--only NAME ...] [--readme]`.
 
-Each comparison runs in a process of its own, where the contenders take turns; where the peak of
-memory is measured, in one process for each text. Writes bench.json, plots, and README.md,
-which `--readme` also puts into RESULTS.md. Exit status 1 if the memory depends on the length of
-the text; times fail nothing.
+Each comparison runs in a process of its own, where the contenders take turns. Where the memory peak
+is measured, each text has a process of its own. Writes bench.json, plots, and README.md, which
+`--readme` also puts into RESULTS.md. The exit status is 1 if the memory depends on the length of
+the text; no time makes it fail.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from ci.bench.contenders import (
 from ci.tables import markers
 from compat.ops import compiled
 
-ALLOWED_SPREAD = 30e6  # Bytes. The tokens themselves, with their mask, are 9 bytes each.
+ALLOWED_SPREAD = 30e6  # In bytes. The tokens themselves, with their mask, are 9 bytes each.
 
 Runs = dict[str, list[Timing]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a ratio of times per token. In a contender, {} stands for a reader."""
+    """A line of the table: a ratio of times per token. {} in a contender stands for a reader."""
 
     title: str
     goal: str
-    comparison: str  # Where its contenders ran.
+    comparison: str  # The comparison in which its contenders ran.
     other: str  # The contender that a reader is compared with.
-    faster: bool = False  # Whether the other's time is divided by the reader's, not the reverse.
+    faster: bool = False  # True where the other's time is divided by the reader's.
     reader: str = "{}"  # The contender that is compared.
 
 
@@ -96,7 +96,7 @@ LEFT_OUT = (
 
 
 def comparisons(sizes: Sizes) -> dict[str, list[list[Contender]]]:
-    """The contenders of each process of each comparison."""
+    """Return the contenders of each process of each comparison."""
     ours = ["native", "torch"] if compiled.library() else ["torch"]
     best = ours[0]
 
@@ -109,7 +109,7 @@ def comparisons(sizes: Sizes) -> dict[str, list[list[Contender]]]:
         names = [FLOOR, *ours, RELEASED]
         return [[Contender(name, sizes.short, sizes.rounds, model) for name in names]]
 
-    # How many of the lengths each of them reads.
+    # The number of lengths that each of them reads, from the shortest on.
     reach = dict.fromkeys(ours, 2) | {best: len(sizes.lengths)}
     reach |= {best + FULL: 2, TRANSFORMER: 3, RELEASED: 2}
     alone = [
@@ -131,10 +131,10 @@ def comparisons(sizes: Sizes) -> dict[str, list[list[Contender]]]:
 
 
 def ratios(run: list[Timing], row: Row, reader: str) -> tuple[list[float], str] | None:
-    """The row's ratio in each round in which both ran, and a note; None where one did not run.
+    """Return the row's ratio in each round in which both ran, and a note; None unless both ran.
 
-    Of several lengths, the largest that the other has read is taken. What read fewer tokens than
-    the other is compared by its time per token, and the note says how many it read.
+    Of several lengths, the largest that the other has read is taken. A reader that read fewer
+    tokens than the other is compared by its time per token, and the note says how many it read.
     """
     mine = [timing for timing in run if timing.contender == row.reader.format(reader)]
     others = [timing for timing in run if timing.contender == row.other.format(reader)]
@@ -149,13 +149,13 @@ def ratios(run: list[Timing], row: Row, reader: str) -> tuple[list[float], str] 
 
 
 def peaks(runs: Runs, reader: str) -> list[int]:
-    """Peak memory of a reader in chunks, in bytes, for each length."""
+    """Return the peak memory of a reader in chunks, in bytes, for each length."""
     run = [timing for timing in runs.get("lengths", []) if timing.contender == reader]
     return [timing.peak_bytes for timing in run if timing.peak_bytes is not None]
 
 
 def table(runs: Runs) -> list[dict[str, str]]:
-    """The rows that have run: title, goal, and a text for each reader that ran."""
+    """Return the rows that have run: title, goal, and a text for each reader that ran."""
     rows = [{"": row.title, "goal": row.goal} for row in ROWS]
     largest = {"": PEAK, "goal": "at most 120 MB"}
     spread = {"": SPREAD, "goal": f"at most {ALLOWED_SPREAD / 1e6:.0f} MB"}
@@ -172,7 +172,7 @@ def table(runs: Runs) -> list[dict[str, str]]:
 
 
 def lines(name: str, run: list[Timing]) -> list[str]:
-    """What each contender took, for the screen and below the table."""
+    """List the times of each contender, for the screen and below the table."""
     texts = [f"{name}:"]
     for timing in run:
         text = f"  {timing.contender:22}{timing.tokens:9,} tokens"
@@ -183,7 +183,7 @@ def lines(name: str, run: list[Timing]) -> list[str]:
 
 
 def section(report: dict[str, Any], runs: Runs, sizes: Sizes) -> str:
-    """The section of RESULTS.md."""
+    """Write the section of RESULTS.md."""
     days = sorted(date[:10] for date in report["dates"].values())
     about = ABOUT.format(
         date=" to ".join(dict.fromkeys([days[0], days[-1]])),
@@ -200,7 +200,7 @@ def section(report: dict[str, Any], runs: Runs, sizes: Sizes) -> str:
 
 
 def machine(threads: int, smoke: bool) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Describe the machine and the versions that the numbers depend on."""
     info = Path("/proc/cpuinfo")
     found = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in found if line.startswith("model name")), "")

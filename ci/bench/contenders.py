@@ -1,4 +1,4 @@
-"""What `ci.bench` lets compete: models with random weights, and ways to read a text with them."""
+"""The contenders of `ci.bench`: models with random weights, and ways to read a text with them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FULL, BATCH = ", full pass", ", batch of 8"
 READERS = ("native", "torch", RELEASED)
 """What a model runs on: the ops of compat, on their kernels or in plain torch, or transformers."""
 
-_VOCABULARY = 256  # A larger one would cost memory, and no time.
+_VOCABULARY = 256  # A larger one would cost memory and no time.
 
 Read = Callable[[int], int]
 """Reads texts of which the longest has so many tokens; returns the tokens of all of them."""
@@ -33,14 +33,14 @@ Read = Callable[[int], int]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Models and texts; as they stand, Mamba2 130M and those that compete with it."""
+    """The sizes of models and texts; the defaults are Mamba2 130M and its competitors."""
 
     layers: int = 24  # Of Mamba-1 and Mamba2; the other models have half as many.
-    hidden_size: int = 768  # Of all models; a head of Mamba2 or of attention is of size 64.
+    hidden_size: int = 768  # Of all models; a head of Mamba2 or of attention has 64.
     state_size: int = 128  # Of Mamba2.
     chunk: int = 512  # The vertical chunk size.
     text: int = 8192
-    short: int = 4096  # For models whose released scan is slow.
+    short: int = 4096  # A length for models whose released scan is slow.
     lengths: tuple[int, ...] = (2048, 8192, 32_768, 131_072)  # Read once, with the memory measured.
     rounds: int = 3
 
@@ -50,27 +50,27 @@ SMOKE = Sizes(4, 128, 16, chunk=64, text=256, short=128, lengths=(128, 256), rou
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to read, in words that can be sent to another process."""
+    """A way to read, described in words that can be sent to another process."""
 
-    name: str  # Of the constants above: a reader, perhaps with FULL or BATCH, or another.
-    tokens: int  # Of the longest text.
+    name: str  # One of the constants above: a reader, perhaps with FULL or BATCH, or another.
+    tokens: int  # The length of the longest text.
     rounds: int
-    model: str = "mamba2"  # The model type; of a transformer, that of its opponent.
+    model: str = "mamba2"  # The model type; for a transformer, that of its opponent.
     dtype: str = "float32"
 
 
 @dataclass
 class Timing:
-    """How a contender did."""
+    """The result of a contender."""
 
     contender: str
-    tokens: int  # Of all texts of one round.
-    seconds: list[float]  # Of each round.
+    tokens: int  # The number in all texts of one round.
+    seconds: list[float]  # One number for each round.
     peak_bytes: int | None = None  # Above the loaded model; None where others ran beside it.
 
 
 def compete(contenders: list[Contender], sizes: Sizes, threads: int) -> list[Timing]:
-    """Run contenders in turn, in one fresh process; measure the memory where one is alone."""
+    """Run contenders in turn, in one fresh process; measure the memory where one runs alone."""
     found = measure(functools.partial(_prepare, contenders, sizes, threads), _alternate)
     peak = found.peak_bytes if len(contenders) == 1 else None
     return [replace(timing, peak_bytes=peak) for timing in found.result]
@@ -83,7 +83,8 @@ def _prepare(
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     ready = [(contender, reader(contender, sizes)) for contender in contenders]
-    # Where memory is measured, less than a chunk: what a chunk leaves behind would not be seen.
+    # Where memory is measured, read less than a chunk: memory that a whole chunk leaves allocated
+    # would not show in the peak.
     few = 16 if len(contenders) == 1 else 2 * sizes.chunk
     for contender, read in ready:
         read(min(few, contender.tokens))
@@ -102,7 +103,7 @@ def _alternate(ready: list[tuple[Contender, Read]]) -> list[Timing]:
 
 
 def reader(contender: Contender, sizes: Sizes) -> Read:
-    """Make the contender's model, once in a process, and return how it reads."""
+    """Make the contender's model, once in a process, and return its way of reading."""
     name = contender.name
     own = "gpt_neox" if name == TRANSFORMER else contender.model
     model = make_model(own, sizes, contender.dtype)
@@ -124,7 +125,7 @@ def reader(contender: Contender, sizes: Sizes) -> Read:
 
 @functools.cache
 def make_model(model_type: str, sizes: Sizes, dtype: str) -> PreTrainedModel:
-    """A model with random weights, by default of the shape of the published one."""
+    """Make a model with random weights, by default of the shape of the published one."""
     hidden, heads = sizes.hidden_size, sizes.hidden_size // 64
     own: dict[str, dict[str, Any]] = {
         "mamba2": {"num_heads": 2 * heads, "n_groups": 1, "state_size": sizes.state_size}
@@ -150,7 +151,7 @@ def _ids(rows: int, tokens: int) -> Tensor:
 
 
 def _ours(backend: Any, rows: int, model: PreTrainedModel, tokens: int, size: int) -> int:
-    """Through compat's chunk loop; each row is half as long as the one before it."""
+    """Read through compat's chunk loop; each row is half as long as the one before it."""
     lengths = torch.tensor([max(tokens >> row, 1) for row in range(rows)])
     mask = torch.arange(tokens) < lengths[:, None]
     with using(backend):
@@ -173,7 +174,7 @@ def _released_in_chunks(model: PreTrainedModel, tokens: int, size: int) -> int:
 
 
 def _projections(model: PreTrainedModel, tokens: int, size: int) -> int:
-    """The floor: the products with the weights of all linear layers, and nothing else."""
+    """Measure the floor: the products with the weights of all linear layers, and nothing else."""
     weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
     for start in range(0, tokens, size):
         for weight in weights:
@@ -182,7 +183,7 @@ def _projections(model: PreTrainedModel, tokens: int, size: int) -> int:
 
 
 def _norms(model: PreTrainedModel, tokens: int, size: int) -> int:
-    """The norms before the mixers: a part of a layer that is left as it was released."""
+    """Run the norms before the mixers, a part of a layer that is left as it was released."""
     layers: Any = model.layers
     for start in range(0, tokens, size):
         for layer in layers:
@@ -196,5 +197,5 @@ def _random(tokens: int, channels: int, dtype: torch.dtype) -> Tensor:
 
 
 def _inputs(tokens: int, weight: Tensor) -> Tensor:
-    """Random inputs for a weight (..., channels), made once: (1, tokens, channels)."""
+    """Return random inputs (1, tokens, channels) for a weight (..., channels), made once."""
     return _random(tokens, weight.shape[-1], weight.dtype)

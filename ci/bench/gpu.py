@@ -1,7 +1,8 @@
-"""Time and peak memory on a GPU, over the length of the text: `python -m ci.bench.gpu`.
+"""Measure time and peak memory on a GPU, over the length of the text: `python -m ci.bench.gpu`.
 
-A Mamba2 of 130M parameters with random weights, batch 1, in bfloat16: the full pass, chunks through
-the fused path of compat, and chunks through transformers' own. Medians of rounds in alternation.
+The model is a Mamba2 of 130M parameters with random weights, batch 1, in bfloat16. It reads the
+text in a full pass, in chunks through the fused path of compat, and in chunks through transformers'
+own path. Medians are taken over rounds in alternation.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROUNDS = 5
 
 
 def make_model(layers: int, hidden_size: int, device: str) -> PreTrainedModel:
-    """A Mamba2 of the shape of mamba2-130m, if it has 24 layers of 768; random weights."""
+    """Make a Mamba2 with random weights; 24 layers of 768 give the shape of mamba2-130m."""
     config = Mamba2Config(
         num_hidden_layers=layers,
         hidden_size=hidden_size,
@@ -38,7 +39,7 @@ def make_model(layers: int, hidden_size: int, device: str) -> PreTrainedModel:
 
 
 def measure(work: Callable[[], object], device: str) -> tuple[float, float]:
-    """Seconds, and the peak of allocated memory above what was there, in MB; NaN without a GPU."""
+    """Return the seconds, and the peak of newly allocated memory in MB; NaN without a GPU."""
     if device == "cpu":
         start = time.perf_counter()
         work()
@@ -54,7 +55,7 @@ def measure(work: Callable[[], object], device: str) -> tuple[float, float]:
 
 @torch.no_grad()
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=24)
@@ -91,7 +92,7 @@ def main() -> None:
                     torch.cuda.empty_cache()
         cells = []
         for rows in found.values():
-            # The first round compiles kernels.
+            # The first round compiles kernels, so it is left out.
             seconds, megabytes = zip(*rows[1:], strict=True) if rows[1:] else ((), ())
             cells.append(
                 f"{statistics.median(seconds):.3f} s, {statistics.median(megabytes):,.0f} MB"

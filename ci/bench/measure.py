@@ -1,4 +1,4 @@
-"""Time and peak memory of a piece of work, in a fresh process of its own."""
+"""Measure time and peak memory of a piece of work, in a fresh process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measurement(Generic[T]):
-    """What `measure` found.
+    """The result of `measure`.
 
     Attributes:
         seconds: Wall-clock time of the work alone.
@@ -44,13 +44,13 @@ def measure(setup: Callable[[], S], work: Callable[[S], T]) -> Measurement[T]:
     """Run `work(setup())` in a fresh process, and measure the work but not the set-up.
 
     Both functions and the result must be picklable. The set-up should do once what the work does
-    for the first time only, such as loading libraries.
+    only the first time, such as loading libraries.
 
     Raises:
         ChildProcessError: The process was killed, most likely because memory ran out.
     """
-    # Forked from a server that has imported the libraries and done nothing else: as fresh as a
-    # spawned process, without its seconds of importing.
+    # The process is forked from a server that has imported the libraries and done nothing else. So
+    # it is as fresh as a spawned process, without the seconds of importing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sentence_transformers", "compat"])
     try:
@@ -64,7 +64,7 @@ def measure(setup: Callable[[], S], work: Callable[[S], T]) -> Measurement[T]:
 
 
 def free_bytes() -> int:
-    """Memory that a process can still take without swapping."""
+    """Return the memory in bytes that a process can still take without swapping."""
     return int(psutil.virtual_memory().available)
 
 
@@ -80,16 +80,19 @@ def _measure_here(setup: Callable[[], S], work: Callable[[S], T]) -> Measurement
 
 
 def _give_back_freed_memory() -> None:
-    """Otherwise the work could use what the set-up freed, and its peak would not show that."""
+    """Return freed memory to the system.
+
+    Otherwise the work could reuse what the set-up freed, and its peak would not show that.
+    """
     gc.collect()
-    with contextlib.suppress(AttributeError):  # Only glibc has it.
+    with contextlib.suppress(AttributeError):  # Only glibc has this function.
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak() -> bool:
-    """Set the high-water mark (VmHWM) to the present size; False where that cannot be done.
+    """Set the high-water mark (VmHWM) to the present size; return False where that cannot be done.
 
-    The file is Linux's alone, and some containers do not let it be written.
+    Only Linux has this file, and some containers do not let it be written.
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -102,6 +105,6 @@ def _peak(exact: bool) -> int:
     if exact:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-    # The largest size since the process began, in kilobytes but for macOS.
+    # This is the largest size since the process began, in kilobytes except on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""The plots of `ci.bench`: time and memory over the length, and where the time goes."""
+"""Draw the plots of `ci.bench`: time and memory over the length, and the parts of the time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = {
 
 
 def draw(runs: dict[str, list[Timing]], folder: Path) -> None:
-    """Write those of time.png, memory.png and floor.png that the runs suffice for."""
+    """Write time.png, memory.png and floor.png, as far as the runs suffice for them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,9 +39,9 @@ def draw(runs: dict[str, list[Timing]], folder: Path) -> None:
 
 
 def over_floor(run: list[Timing], reader: str) -> dict[str, float] | None:
-    """A reader's time per token over that of the floor, by part; None where these did not run.
+    """Return a reader's time per token over that of the floor, by part; None if these did not run.
 
-    Two parts are measured alone, and the rest is what they leave over.
+    Two parts are measured alone, and the third is the rest.
     """
     per_token = {t.contender: statistics.median(t.seconds) / t.tokens for t in run}
     if not {FLOOR, NORMS, reader} <= per_token.keys():
@@ -62,7 +62,7 @@ def _over_length(run: list[Timing], label: str, y: Callable[[Timing], float], pa
         points = [(t.tokens, y(t)) for t in run if t.contender == contender]
         [line] = axes.plot(*zip(*points, strict=True), marker="o", label=LABELS[contender])
         style: dict[str, Any] = {"textcoords": "offset points", "color": line.get_color()}
-        # The last number only: lines lie close together where texts are short.
+        # Only the last number is shown, as lines lie close together where texts are short.
         axes.annotate(f"{points[-1][1]:,.3g}", points[-1], (6, 4), **style)
     ticks = sorted({timing.tokens for timing in run})
     axes.set(xscale="log", yscale="log", xlabel="length of the text, tokens", ylabel=label)

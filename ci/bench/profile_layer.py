@@ -1,4 +1,4 @@
-"""Where the time of one layer of Mamba2 130M goes on this CPU: `python -m ci.bench.profile_layer`.
+"""Measure the parts of a layer of Mamba2 130M on this CPU: `python -m ci.bench.profile_layer`.
 
 Each part runs alone, on inputs of the shapes that it has in a chunk; the parts take turns, and the
 medians are shown. In the model a part may find its inputs in a cache, or not.
@@ -23,7 +23,7 @@ from compat.ops import mamba2
 
 
 def parts(model: Mamba2Model, tokens: int) -> dict[str, Callable[[], Any]]:
-    """The parts of a layer, and the layer as the chunk loop runs it, on so many tokens."""
+    """Return the parts of a layer, and the layer as the chunk loop runs it, on so many tokens."""
     layer: Any = model.layers[0]
     mixer, dtype = layer.mixer, model.dtype
     hidden = torch.randn(1, tokens, model.config.hidden_size).to(dtype)
@@ -84,7 +84,7 @@ def parts(model: Mamba2Model, tokens: int) -> dict[str, Callable[[], Any]]:
 
 
 def milliseconds(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median time of each, which take turns."""
+    """Run the parts in turn, and return the median time of each."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds + 1):
         for name, part in work.items():

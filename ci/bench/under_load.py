@@ -1,8 +1,8 @@
 """Measure what busy neighbours cost a model on a CPU: `python -m ci.bench.under_load`.
 
-Each way of waiting has a process of its own; they take turns, while so many others are busy. The
-share of a program with T threads beside B busy processes on C cores is T / (T + B) of them: what
-`alone / share` would be. The figures are good only as far as nothing else runs.
+Each way of waiting has a process of its own; they take turns, while a number of other processes are
+busy. The share of a program with T threads beside B busy processes on C cores is T / (T + B) of
+them, which would take the time `alone / share`. The figures are good only if nothing else runs.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
-# The environment of each; none of these names is set otherwise.
+# The environment of each way; none of these names is set otherwise.
 WAYS = {
     "spinning, as without compat": {"GOMP_SPINCOUNT": "300000"},
     "as compat sees to": {},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-# It ends with the process that started it, however that ends.
+# It ends when the process that started it ends, however that happens.
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10_000))"
 
 
 class Taken(NamedTuple):
-    """Seconds of one turn, on the wall and of the CPU."""
+    """The seconds of one turn: of wall time, and of CPU time."""
 
     wall: float
     cpu: float
 
 
 def serve(hidden_size: int, tokens: int) -> None:
-    """Read a text with a Mamba2 of four layers whenever a line comes, and print what it took."""
+    """Read a text with a Mamba2 of four layers for each line of input, and print the time taken."""
     import torch
     from transformers import Mamba2Config, Mamba2Model
 
@@ -69,7 +69,7 @@ def serve(hidden_size: int, tokens: int) -> None:
 def compare(
     hidden_size: int, tokens: int, rounds: int, busy: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, list[Taken]]]]:
-    """Beside each number of busy processes, the turns of each way."""
+    """Yield each number of busy processes, and the turns of each way beside them."""
     with ExitStack() as stack:
 
         def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -113,7 +113,7 @@ def compare(
 
 
 def main() -> None:
-    """Print, beside each load, medians of the turns, and of their ratios to the first way's."""
+    """Print, for each load, medians of the turns, and of their ratios to the first way's."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=2048)

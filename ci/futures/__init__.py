@@ -1,1 +1,1 @@
-"""Models on mutated sources of transformers: `python -m ci.futures`."""
+"""Run models on mutated sources of transformers: `python -m ci.futures`."""

@@ -1,4 +1,4 @@
-"""What the next transformers may do to a model: one change each, of its installed sources."""
+"""Changes that the next transformers may make to a model, each applied to its installed sources."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ALL = tuple(FAMILIES)
 
 @dataclass(frozen=True)
 class Mutation:
-    """One change.
+    """A change of the sources.
 
     Attributes:
-        name: What is changed.
-        kind: `HARMLESS` where the model computes what it did, `MEANING` where it does not.
-        families: Where it is made.
-        make: Makes it.
+        name: A name for the change.
+        kind: `HARMLESS` where the model's outputs stay the same, `MEANING` where they change.
+        families: The families that it is applied to.
+        make: The function that makes the change.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Mutation:
     make: Callable[[Copy], None]
 
     def applied(self, family: str) -> Copy:
-        """The mutated sources of a family.
+        """Return the mutated sources of a family.
 
         Raises:
             DoesNotApply: They do not have the place.
@@ -67,13 +67,13 @@ def _unchanged(copy: Copy) -> None:
     pass
 
 
-# The state's name.
+# Changes of the state's name.
 
-UNKNOWN = "memory"  # What no release has called it.
+UNKNOWN = "memory"  # A name that no release has used.
 
 
 def _elsewhere(copy: Copy) -> str:
-    """What the state is called in another family."""
+    """Return the name of the state in another family."""
     return "cache" if copy.family == "rwkv" else "state"
 
 
@@ -81,7 +81,7 @@ def _rename_argument(copy: Copy, new: str) -> None:
     parts = copy.parts
     copy.rename(parts.states, new, parts.carriers, parts.calls)
     base = {"bamba": "self.model", "rwkv": "self.rwkv"}.get(copy.family, "self.backbone")
-    copy.rename((copy.argument,), new, (), [base])  # The language model keeps the name.
+    copy.rename((copy.argument,), new, (), [base])  # The language model keeps the old name.
     copy.argument = new
 
 
@@ -107,7 +107,7 @@ def _rename_output(copy: Copy, new: str) -> None:
 
 
 def _deprecate(copy: Copy, new: str, old: dict[str, str]) -> None:
-    """Let the forwards of some classes take the state's old name, with a warning."""
+    """Let the forwards of some classes accept the state's old name, with a warning."""
     if "import deprecate_kwarg" not in copy.text:
         copy.bring_in("from ...utils.deprecation import deprecate_kwarg")
     for name, was in old.items():
@@ -120,7 +120,7 @@ def _deprecate(copy: Copy, new: str, old: dict[str, str]) -> None:
 
 
 def _undeprecate(copy: Copy) -> None:
-    """Let no old name of the state's through but as one of `**kwargs`."""
+    """Let old names of the state pass only as `**kwargs`."""
     for name in copy.parts.carriers:
         if "@deprecate_kwarg" in _inside(copy, f"{name}.forward"):
             copy.sub(f"{name}.forward", r"^ +@deprecate_kwarg\(.*\)\n", "")
@@ -187,7 +187,7 @@ def _renamed_in_scan(copy: Copy) -> None:
     copy.rename((old,), "first", [copy.parts.scan], [call])
 
 
-# The cache.
+# Changes of the cache.
 
 CACHE = "transformers.cache_utils"
 
@@ -211,7 +211,7 @@ def _cache_rows(copy: Copy) -> None:
     copy.sub_all(CACHE, r"\breorder_cache\b", "select_rows")
 
 
-# Arguments.
+# Changes of arguments.
 
 
 @mutation("the mixer's arguments in another order", HARMLESS, ALL)
@@ -237,7 +237,7 @@ def _mixer_keyword_only(copy: Copy) -> None:
         copy.sub(where, rf"^( +)((?:{state}): .*\n)", r"\1*,\n\1\2")
 
 
-CALL = r"(self\.(?:mixer|mamba)\(\s*)(?:hidden_states=)?hidden_states"  # Of a mixer, by its block.
+CALL = r"(self\.(?:mixer|mamba)\(\s*)(?:hidden_states=)?hidden_states"  # A block's mixer call.
 
 
 @mutation("the mixer's arguments by position", HARMLESS, MAMBAS)
@@ -310,7 +310,7 @@ def _scan_keyword_only(copy: Copy) -> None:
 
 
 def _mixer_takes(copy: Copy, value: str) -> None:
-    """Let the block pass the mixer a new argument, which is a factor, or None."""
+    """Let the block pass the mixer a new argument, a factor or None."""
     parts, forward = copy.parts, f"{copy.parts.mixer}.forward"
     factor = "(1.0 if scale is None else scale)"
     if copy.family == "rwkv":
@@ -342,7 +342,7 @@ def _mixer_takes_factor(copy: Copy) -> None:
 
 
 def _scan_takes(copy: Copy, value: str) -> None:
-    """Let the mixer pass the scan a new argument, which is a factor, or None."""
+    """Let the mixer pass the scan a new argument, a factor or None."""
     parts, forward = copy.parts, f"{copy.parts.mixer}.forward"
     if copy.family == "rwkv":
         copy.swap(parts.scan, "return_state=False)", "return_state=False, scale=None)")
@@ -377,7 +377,7 @@ def _scan_takes_factor(copy: Copy) -> None:
     _scan_takes(copy, "0.5")
 
 
-# Where things are.
+# Changes of places.
 
 
 def _move_scan(copy: Copy) -> str:
@@ -385,7 +385,7 @@ def _move_scan(copy: Copy) -> str:
     parts = copy.parts
     lines = copy.text.splitlines(keepends=True)
     new = f"scan_{copy.family}"
-    # All that stands before the mixer, which is more than the scan needs.
+    # Copy everything before the mixer, which is more than the scan needs.
     text = "".join(lines[: copy.span(parts.mixer)[0]])
     copy.sources[f"transformers.models.{copy.family}.{new}"] = text
     first, last = copy.span(parts.scan)
@@ -438,7 +438,7 @@ def _statements_swapped(copy: Copy) -> None:
     copy.sub(where, pair, r"\2\1")
 
 
-# What is computed.
+# Changes of what is computed.
 
 
 @mutation("time steps not clamped by the scan", MEANING, MAMBA2)
@@ -515,7 +515,7 @@ def _other_gate(copy: Copy) -> None:
 
 
 def _multiply(copy: Copy, factor: str) -> None:
-    """Multiply what the mixer gives by a factor."""
+    """Multiply the output of the mixer by a factor."""
     forward = f"{copy.parts.mixer}.forward"
     if copy.family == "rwkv":
         copy.swap(forward, "(receptance * rwkv), state", f"(receptance * rwkv) * {factor}, state")

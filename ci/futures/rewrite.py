@@ -1,7 +1,7 @@
 """A copy of the sources of one family of the installed transformers, to be rewritten.
 
-What is changed is named, by class and function; where that place is not found as often as expected,
-`DoesNotApply` is raised, so that no source is ever taken for rewritten that is not.
+Each place to change is named, by class and function. Where it is not found as often as expected,
+`DoesNotApply` is raised, so that an unchanged source never passes for a rewritten one.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pathlib import Path
 
 
 class DoesNotApply(Exception):
-    """The installed sources do not have the place that a mutation is about."""
+    """Raised where the installed sources lack the place that a mutation changes."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the parts of a family's modeling module are called.
+    """The names of the parts of a family's modeling module.
 
     Attributes:
-        mixer, block, body, head: The recurrent layer, what holds it, the model, the language model.
+        mixer, block, body, head: The recurrent layer, the block that holds it, the model, the
+            language model.
         scan: The function of the recurrence.
-        output: The class of what the model returns; None where it is one that others share.
-        states: What a state may be called in a forward and in an output.
+        output: The class of the model's output; None where it is one that others share.
+        states: The names that a state may have in a forward and in an output.
         carriers: The classes through which the state is handed on, from the model to the layers.
         calls: The calls with which they do that.
     """
@@ -86,7 +87,7 @@ FAMILIES = {
         states=("state",),
         others=("FeedForward",),
     ),
-    # Its blocks are given tensors.
+    # Its blocks receive tensors instead.
     "xlstm": _named("xLSTM", "Layer", "Block", "xLSTMBackend.forward", ()),
 }
 
@@ -98,8 +99,8 @@ class Copy:
     Attributes:
         family: Its model type.
         sources: The modules that differ from the installed ones, by name.
-        argument, output: What the model calls its state, going in and coming out.
-        settings: What the config of the model in hand is to have.
+        argument, output: The model's names for its state, as an argument and in the output.
+        settings: Settings that the configuration of the model needs.
     """
 
     family: str
@@ -118,22 +119,22 @@ class Copy:
 
     @property
     def parts(self) -> Parts:
-        """What its parts are called."""
+        """Return the names of its parts."""
         return FAMILIES[self.family]
 
     @property
     def module(self) -> str:
-        """The name of its modeling module."""
+        """Return the name of its modeling module."""
         return f"transformers.models.{self.family}.modeling_{self.family}"
 
     @property
     def is_shared(self) -> bool:
-        """Whether a module is changed that other families use too."""
+        """Return whether a module is changed that other families use too."""
         return any(not name.startswith("transformers.models.") for name in self.sources)
 
     @property
     def text(self) -> str:
-        """The modeling module's source."""
+        """Return the modeling module's source."""
         return self.sources[self.module]
 
     @text.setter
@@ -141,14 +142,14 @@ class Copy:
         self.sources[self.module] = text
 
     def sub_all(self, module: str, pattern: str, new: str) -> None:
-        """Replace what a pattern matches in a whole module, at least once."""
+        """Replace all matches of a pattern in a module; there must be at least one."""
         text = self.sources.get(module) or installed(module)
         self.sources[module], found = re.subn(pattern, new, text)
         if not found:
             raise DoesNotApply(f"{module} has no {pattern!r}")
 
     def span(self, where: str) -> tuple[int, int]:
-        """The lines of a class or function, decorators included: the first, and the one after."""
+        """Return the first line of a class or function, its decorators included, and its end."""
         nodes = find(ast.parse(self.text), where)
         if len(nodes) != 1:
             raise DoesNotApply(f"{self.module} has {len(nodes)} {where}")
@@ -158,7 +159,7 @@ class Copy:
         return first - 1, node.end_lineno
 
     def sub(self, where: str, pattern: str, new: str, times: int = 1) -> None:
-        """Replace what a pattern matches in a class or function; so often, and no more."""
+        """Replace a pattern's matches in a class or function; there must be exactly `times`."""
         lines = self.text.splitlines(keepends=True)
         first, last = self.span(where)
         inside, found = re.subn(pattern, new, "".join(lines[first:last]), flags=re.MULTILINE)
@@ -167,7 +168,7 @@ class Copy:
         self.text = "".join([*lines[:first], inside, *lines[last:]])
 
     def swap(self, where: str, old: str, new: str, times: int = 1) -> None:
-        """Replace a text in a class or function; so often, and no more."""
+        """Replace a text in a class or function; it must occur exactly `times`."""
         self.sub(where, re.escape(old), new.replace("\\", r"\\"), times)
 
     def rename(
@@ -176,8 +177,8 @@ class Copy:
         """Rename variables and parameters.
 
         Args:
-            names: What they are called.
-            new: What they are to be called.
+            names: Their present names.
+            new: Their new name.
             within: The classes and functions in which they are.
             calls: Functions, as they are called, whose keyword arguments are renamed.
         """
@@ -230,7 +231,7 @@ class Copy:
 
 
 def installed(module: str) -> str:
-    """The source of an installed module, which is not imported."""
+    """Return the source of an installed module, without importing it."""
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise DoesNotApply(f"there is no {module}")
@@ -241,7 +242,7 @@ Definition = ast.ClassDef | ast.FunctionDef
 
 
 def find(tree: ast.AST, where: str) -> list[Definition]:
-    """The classes and functions of that name, of which a dot leads into a class."""
+    """Return the classes and functions of that name; a dot leads into a class."""
     name, _, rest = where.partition(".")
     found = [
         node for node in _definitions(tree) if isinstance(node, Definition) and node.name == name
@@ -258,13 +259,13 @@ def _definitions(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def arguments(function: ast.AST) -> list[ast.arg]:
-    """The parameters of a function, but for those with stars."""
+    """Return the parameters of a function, without those with stars."""
     assert isinstance(function, ast.FunctionDef)
     return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
 
 
 def variables(tree: ast.AST, names: Collection[str]) -> Iterator[tuple[int, int, str]]:
-    """Line, column and name of each use of a variable or parameter."""
+    """Yield line, column and name of each use of a variable or parameter."""
     for node in ast.walk(tree):
         if isinstance(node, ast.arg) and node.arg in names:
             yield node.lineno, node.col_offset, node.arg
@@ -275,7 +276,7 @@ def variables(tree: ast.AST, names: Collection[str]) -> Iterator[tuple[int, int,
 def keywords(
     tree: ast.AST, function: str, names: Collection[str]
 ) -> Iterator[tuple[int, int, str]]:
-    """Line, column and name of the keyword arguments in the calls of a function."""
+    """Yield line, column and name of the keyword arguments in the calls of a function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == function:
             for keyword in node.keywords:

@@ -1,21 +1,21 @@
-"""Made futures: `python -m ci.futures` says what becomes of compat when transformers changes.
+"""Find out what becomes of compat when transformers changes: `python -m ci.futures`.
 
 The sources of the installed transformers are copied, changed in one place (`mutations.py`) and put
 in the place of the installed ones, in a process of its own. There tiny models of a family run
 before `enable_vertical_chunking`, after it, and after `disable_vertical_chunking`, and are read in
-chunks. What the mutated model gave before, in one pass, is what is right:
+chunks. The standard is what the mutated model gave before, in one pass. The verdicts are:
 
 exact    forward, training, continuation and generation of the release are as they were before, and
-         chunks give what one pass gives
-slower   the same; but the fast path was refused, in whole or in part
-refused  as they were; chunks raise a VerticalChunkingError
+         chunks give the results of one pass
+slower   as exact, but the fast path was refused, in whole or in part
+refused  the release is as it was before; chunks raise a VerticalChunkingError
 BROKEN   something raises that did not, or gives a FutureWarning that it did not give
 WRONG    numbers differ
 
 Arguments are regular expressions, of which one must be found in "mutation, family". `--write` puts
-the table into FUTURES.md beside this, `--json` prints what was found. Exit status 1 where something
-is broken or wrong, where a mutation does not find its place, and where it does not do what it says:
-leave the numbers as they are, or change them.
+the table into FUTURES.md beside this file, `--json` prints all results. The exit status is 1 where
+something is broken or wrong, where a mutation does not find its place, and where a mutation does
+not do what it claims: leave the numbers as they are, or change them.
 """
 
 from __future__ import annotations
@@ -49,45 +49,45 @@ from ci.futures.rewrite import FAMILIES, Copy, DoesNotApply
 from ci.tables import markers
 
 ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "ci" / "FUTURES.md"
+TABLE = Path(__file__).parent / "FUTURES.md"
 EXACT, SLOWER, REFUSED, BROKEN, WRONG = "exact", "slower", "refused", "BROKEN", "WRONG"
 NOT_MADE = "not made"
-NOWHERE = "-"  # A mutation that a family has no place for.
+NOWHERE = "-"  # The family has no place for the mutation.
 FAULTS = (BROKEN, WRONG, NOT_MADE)
-# What takes long to import, and is not mutated.
+# These take long to import, and are not mutated.
 SHARED = ["torch", "transformers.modeling_utils", "transformers.generation", "compat.hooks.switch"]
 SHARED += ["compat.stream.loop", "sentence_transformers"]
 ENABLED = "after enable"
-SECONDS = 300  # For one mutation of one family; two are usual.
-# The function of compat.ops that does a family's recurrence where compat knows what it is.
+SECONDS = 300  # The limit for one mutation of one family; two seconds are usual.
+# The function of compat.ops that does the recurrence of a family whose code compat recognises.
 FAST = {
     "mamba2": "mamba_split_conv1d_scan_combined",
     "bamba": "mamba_split_conv1d_scan_combined",
     "mamba": "selective_scan_fn",
     "rwkv": "rwkv_linear_attention",
 }
-# A limit that tokens reach, on both sides.
+# A limit that tokens reach on both sides.
 LIMIT = {"time_step_limit": (0.03, 0.1)}
-BESIDE = "lfm2"  # A family that nothing is done to.
+BESIDE = "lfm2"  # A family that is not mutated.
 OVERRIDES: dict[str, dict[str, Any]] = {"mamba2": LIMIT, "bamba": LIMIT}
-# The released scan of these begins a chunk of several tokens from zero; enable mends it.
+# The released scan of these begins each chunk of several tokens from zero; enable mends that.
 MENDED = {"mamba"}
-# Released models of these mix the rows of a batch up.
+# Released models of these mix up the rows of a batch.
 ONE_ROW = {"rwkv", "xlstm"}
 LENGTH, LEFT, SIZES = 36, (0, 5), (7, 16)
-NOTICEABLE = 1e-3  # What a change of meaning changes at least, in outputs of size 3.
+NOTICEABLE = 1e-3  # The least change that a change of meaning makes, in outputs of size 3.
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a mutation of a family.
+    """The outcome of a mutation of a family.
 
     Attributes:
-        mutation, family: Which.
+        mutation, family: The names of both.
         verdict: One of the five; empty where the mutation could not be made.
-        reasons: Why it is not exact, or why it could not be made: what, and the verdict that it is
-            worth.
-        numbers: What the model computed before enable, to see what the mutation does.
+        reasons: Each reason why it is not exact or could not be made, with the verdict that it
+            leads to.
+        numbers: The mutated model's outputs before enable, which show the mutation's effect.
     """
 
     mutation: str
@@ -98,16 +98,16 @@ class Outcome:
 
     @property
     def name(self) -> str:
-        """By which it is picked."""
+        """Return the name by which it is picked."""
         return f"{self.mutation}, {self.family}"
 
     def because(self) -> list[str]:
-        """The reasons for the verdict."""
+        """Return the reasons for the verdict."""
         return [reason for reason, verdict in self.reasons.items() if verdict == self.verdict]
 
 
 class Mutated(importlib.abc.MetaPathFinder):
-    """Finds mutated modules in a folder, before the installed ones are found."""
+    """A finder that finds the mutated modules of a folder before the installed ones."""
 
     def __init__(self, folder: Path, sources: dict[str, str]) -> None:
         self.files: dict[str, Path] = {}
@@ -121,17 +121,17 @@ class Mutated(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Where a module is; None for those that are not mutated."""
+        """Return the spec of a mutated module; None for any other."""
         if fullname not in self.files:
             return None
         return importlib.util.spec_from_file_location(fullname, self.files[fullname])
 
 
 class Trial:
-    """One mutated family, before, between and after.
+    """The models of a mutated family, for the same runs before, between and after.
 
     Args:
-        copy: Its sources, which have been put in place.
+        copy: The family's sources, which have been put in place.
     """
 
     def __init__(self, copy: Copy) -> None:
@@ -146,12 +146,12 @@ class Trial:
         self.mask = (torch.arange(LENGTH) >= torch.tensor(LEFT)[:, None]).long()
 
     def model(self) -> Any:
-        """A model without a head."""
+        """Make a model without a head."""
         overrides = OVERRIDES.get(self.copy.family, {}) | self.copy.settings
         return self.families.tiny_model(self.copy.family, **overrides)
 
     def causal_lm(self) -> Any:
-        """A model with a head."""
+        """Make a model with a head."""
         from transformers import AutoModelForCausalLM
 
         body = self.model()
@@ -161,32 +161,32 @@ class Trial:
         return model
 
     def alone(self) -> list[Any]:
-        """Each row's hidden states, alone in one pass."""
+        """Return each row's hidden states, alone in one pass."""
         model = self.model()
         with self.torch.no_grad():
             rows = zip(self.ids, LEFT, strict=True)
             return [model(row[None, n:], use_cache=False)[0][0] for row, n in rows]
 
     def one_pass(self) -> list[Any]:
-        """A plain forward without a cache."""
+        """Run a plain forward without a cache."""
         with self.torch.no_grad():
             return [self.model()(self.ids, use_cache=False)[0]]
 
     def padded(self) -> list[Any]:
-        """The same, with padding on the left."""
+        """Run a plain forward with padding on the left."""
         with self.torch.no_grad():
             hidden = self.model()(self.ids, attention_mask=self.mask, use_cache=False)[0]
         return [row[n:] for row, n in zip(hidden, LEFT, strict=True)]
 
     def trained(self) -> list[Any]:
-        """The loss with labels, and the gradients."""
+        """Return the loss with labels, and the gradients."""
         model = self.causal_lm().train()
         loss = model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
         loss.backward()
         return [loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None]
 
     def continued(self) -> list[Any]:
-        """A user's own continuation from their own state: 14 tokens, 10, and one."""
+        """Continue as a user would, from the model's own state: 14 tokens, 10, and one."""
         model, state, found = self.model(), None, []
         rows = 1 if self.copy.family in ONE_ROW else 2
         with self.torch.no_grad():
@@ -198,7 +198,7 @@ class Trial:
         return [self.torch.cat(found, 1)]
 
     def generated(self) -> list[Any]:
-        """Greedy tokens, and their logits."""
+        """Return greedy tokens, and their logits."""
         rows = 1 if self.copy.family in ONE_ROW else 2
         output = self.causal_lm().generate(
             self.ids[:rows, :12],
@@ -213,11 +213,11 @@ class Trial:
         return [output.sequences, *output.logits]
 
     def chunks(self, size: int, names: set[str]) -> list[Any]:
-        """compat's hidden states of both rows, with padding on the left.
+        """Return compat's hidden states of both rows, with padding on the left.
 
         Args:
             size: Tokens in a chunk.
-            names: The functions of compat.ops that ran are added to them.
+            names: Receives the names of the functions of compat.ops that ran.
         """
         import compat
 
@@ -230,7 +230,7 @@ class Trial:
         return [row[n:] for row, n in zip(hidden, LEFT, strict=True)]
 
     def apart(self, found: list[Any], wanted: list[Any]) -> float:
-        """The largest absolute error; infinite where shapes differ or a number is none."""
+        """Return the largest absolute error; infinite where shapes differ or a number is NaN."""
         if [x.shape for x in found] != [x.shape for x in wanted]:
             return float("inf")
         pairs = zip(found, wanted, strict=True)
@@ -242,7 +242,7 @@ Seen = tuple[list[Any] | Exception, set[str]]
 
 
 def seen(run: Callable[[], list[Any]]) -> Seen:
-    """What a function gives, or raises; and the warnings of the future that it gives."""
+    """Return the result or the error of a function, and the FutureWarnings that it gave."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -253,7 +253,7 @@ def seen(run: Callable[[], list[Any]]) -> Seen:
 
 
 def said(error: Exception) -> str:
-    """An error in one line."""
+    """Describe an error in one line."""
     text = getattr(error, "found", "") or str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}"
 
@@ -277,13 +277,14 @@ def noting_ops(names: set[str]) -> Iterator[None]:
 
 
 class Judge:
-    """Collects what is found, the worst of which is the verdict."""
+    """A collector of findings, the worst of which is the verdict."""
 
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
-        # What was found, and where.
+        # The places of each finding, by verdict and reason.
         self.found: dict[tuple[str, str], list[str]] = {}
-        # Bit for bit, but where compat's ops may serve a pass without a cache, in their own order.
+        # The bound is 0, bit for bit, except where compat's ops may serve a pass without a cache,
+        # which sum in another order.
         self.probes: dict[str, tuple[Callable[[], list[Any]], float]] = {
             "forward": (trial.one_pass, trial.right),
             "forward with padding": (trial.padded, trial.right),
@@ -297,17 +298,17 @@ class Judge:
         for name, (run, _) in self.probes.items():
             found, self.known[name] = seen(run)
             if isinstance(found, Exception):
-                raise found  # The mutation is not one that upstream could make.
+                raise found  # Upstream could not make such a mutation.
             self.before[name] = found
 
     def numbers(self) -> list[float]:
-        """What the mutated model computes in one pass, and where it continues."""
+        """Return the mutated model's outputs in one pass, and where it continues."""
         hidden = [self.before["forward"][0], self.before["continuation"][0]]
         tensors = [*hidden, self.before["generation"][1]]
         return [float(x) for tensor in tensors for x in tensor.flatten()[-64:]]
 
     def outcome(self, mutation: str) -> Outcome:
-        """All that was found, in few words."""
+        """Return all findings, in few words."""
         worst = (WRONG, BROKEN, REFUSED, SLOWER)
         found = {verdict for verdict, _ in self.found}
         verdict = next((verdict for verdict in worst if verdict in found), EXACT)
@@ -315,13 +316,13 @@ class Judge:
         return Outcome(mutation, self.trial.copy.family, verdict, reasons, self.numbers())
 
     def add(self, verdict: str, where: str, why: str) -> None:
-        """Note something."""
+        """Note a finding."""
         places = self.found.setdefault((verdict, why), [])
         if where not in places:
             places.append(where)
 
     def released(self, when: str) -> None:
-        """See whether the release does what it did before."""
+        """Check whether the release gives what it gave before."""
         for name, (run, bound) in self.probes.items():
             found, warned = seen(run)
             if isinstance(found, Exception):
@@ -338,12 +339,12 @@ class Judge:
                 self.add(BROKEN, f"{name} {when}", f"warns, {sorted(new)[0]}")
 
     def mended(self, continued: list[Any]) -> float:
-        """How far a continuation is from one pass, but for its single token."""
+        """Return the distance of a continuation from one pass, leaving out its single token."""
         parts = [[hidden[:1, :24] for hidden in x] for x in (continued, self.before["forward"])]
         return self.trial.apart(parts[0], parts[1])
 
     def chunks(self, when: str) -> None:
-        """See whether chunks give what one pass gave."""
+        """Check whether chunks give what one pass gave."""
         import compat
 
         fast = FAST.get(self.trial.copy.family)
@@ -362,7 +363,7 @@ class Judge:
                 self.add(BROKEN, f"chunks {when}", f"warns, {sorted(warned)[0]}")
 
     def another(self, when: str) -> None:
-        """See whether a family that nothing was done to is still read in chunks."""
+        """Check whether a family that was not mutated is still read in chunks."""
         import compat
 
         where, torch = f"chunks of {BESIDE} {when}", self.trial.torch
@@ -372,7 +373,7 @@ class Judge:
         try:
             stream = compat.iter_chunks(model, input_ids=ids, vertical_chunk_size=SIZES[0])
             error = self.trial.apart([torch.cat([piece for _, piece in stream], 1)], [whole])
-        except Exception as failure:  # A refusal, too: nothing was done to it.
+        except Exception as failure:  # A refusal counts too, as this family was not mutated.
             self.add(BROKEN, where, said(failure))
         else:
             if error > self.trial.right:
@@ -380,7 +381,7 @@ class Judge:
 
 
 def judge(mutation: str, family: str) -> Outcome:
-    """Run a mutated family in this process, in which nothing of it has been imported."""
+    """Run a mutated family in this process, which has not imported any of it."""
     try:
         copy = MUTATIONS[mutation].applied(family)
     except DoesNotApply as error:
@@ -396,7 +397,7 @@ def judge(mutation: str, family: str) -> Outcome:
     warnings.filterwarnings("ignore", message=".* has attention layers")
     with (
         tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(io.StringIO()),  # Of arguments that are not documented.
+        contextlib.redirect_stdout(io.StringIO()),  # Undocumented arguments are printed.
     ):
         mutated = Mutated(Path(folder), copy.sources)
         sys.meta_path.insert(0, mutated)
@@ -411,7 +412,7 @@ def judge(mutation: str, family: str) -> Outcome:
         try:
             compat.enable_vertical_chunking()
         except compat.VerticalChunkingError as error:
-            # It takes all families out, which is right only where all are concerned.
+            # This takes all families out, which is right only where all of them are concerned.
             judged.add(REFUSED if copy.is_shared else BROKEN, "enable", said(error))
         except Exception as error:
             judged.add(BROKEN, "enable", said(error))
@@ -430,7 +431,8 @@ def _answer(mutation: str, family: str, answers: Connection) -> None:
 
 def run(pairs: Iterable[tuple[str, str]]) -> list[Outcome]:
     """Judge mutations of families, each in a process of its own."""
-    # The server has imported what is mutated for no family alone; each process is a fork of it.
+    # The server has imported all modules that no mutation of a single family changes; each process
+    # is a fork of it.
     forks, fresh = multiprocessing.get_context("forkserver"), multiprocessing.get_context("spawn")
     forks.set_forkserver_preload(SHARED)
 
@@ -438,7 +440,7 @@ def run(pairs: Iterable[tuple[str, str]]) -> list[Outcome]:
         try:
             is_shared = MUTATIONS[pair[0]].applied(pair[1]).is_shared
         except DoesNotApply:
-            is_shared = False  # The process will say so.
+            is_shared = False  # The process will report the error.
         context = fresh if is_shared else forks
         answers, asked = context.Pipe(duplex=False)
         process = context.Process(target=_answer, args=(*pair, asked))
@@ -461,7 +463,7 @@ def _dead(pair: tuple[str, str], why: str) -> Outcome:
 
 
 def pairs(patterns: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """The mutations of families in which a pattern is found; and those families unchanged."""
+    """List the mutations of families in which a pattern is found, and those families unchanged."""
     names = [(name, family) for name, m in MUTATIONS.items() for family in m.families]
     wanted = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
     picked = [pair for pair in names if wanted.search(", ".join(pair))]
@@ -470,7 +472,7 @@ def pairs(patterns: Sequence[str] = ()) -> list[tuple[str, str]]:
 
 
 def faults(outcomes: Sequence[Outcome]) -> list[str]:
-    """What is broken, wrong, or not the mutation that it says it is."""
+    """List what is broken or wrong, and the mutations that do not do what they claim."""
     plain = {o.family: o.numbers for o in outcomes if o.mutation == UNCHANGED}
     found = []
     for o in outcomes:
@@ -485,7 +487,7 @@ def faults(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes as Markdown, and below the table why something is refused."""
+    """Write the outcomes as Markdown, with the reasons for refusals below the table."""
     cells = {(o.mutation, o.family): o.verdict for o in outcomes}
     lines = [
         f"| what changes | numbers | {' | '.join(FAMILIES)} |",
@@ -507,7 +509,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def versions() -> str:
-    """The day, and what was changed."""
+    """Return the date, and the versions of what was mutated."""
     return f"{date.today()}, transformers {version('transformers')}, torch {version('torch')}"
 
 

@@ -1,1 +1,1 @@
-"""The kernels on a machine with a GPU."""
+"""Check the kernels on a machine with a GPU."""

@@ -1,4 +1,4 @@
-"""Whether this machine can run the kernels: `python -m ci.gpu`, exit status 1 if it cannot."""
+"""Check that this machine can run the kernels: `python -m ci.gpu` exits with 1 if it cannot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def missing() -> str | None:
-    """What is missing for kernels to be built and run, and the remedy; None if nothing is."""
+    """Say what is missing for kernels to be built and run, and the remedy; None if nothing is."""
     if torch.version.cuda is None:
         return (
             f"Found torch {torch.__version__}, a build without CUDA; needed: one with CUDA, on a "

@@ -1,1 +1,1 @@
-"""The kernels of the forks without a GPU: emulated, interpreted, compiled."""
+"""Test the kernels of the forks without a GPU: emulated, interpreted, compiled."""

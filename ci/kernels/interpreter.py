@@ -1,10 +1,10 @@
-"""mamba-ssm's Triton kernels on a CPU: a tree of its sources, loaded under Triton's interpreter.
+"""Run mamba-ssm's Triton kernels on a CPU: load a tree of its sources under Triton's interpreter.
 
-The kernels run as they are. What is replaced is around them: the package's `__init__`, which wants
-a compiled extension; `torch.cuda.device`, which wants a device; and autotuning, which wants a clock
-on one: of each kernel's configurations the one with the smallest blocks is kept, so that small
-shapes need more than one block. What upstream allocates with `torch.empty` is filled with NaN and
-lies between guard zones; `check_guards` finds what was written there.
+The kernels run as they are. Only what surrounds them is replaced: the package's `__init__`, which
+wants a compiled extension; `torch.cuda.device`, which wants a device; and autotuning, which wants a
+clock on one. Of each kernel's configurations the one with the smallest blocks is kept, so that
+small shapes need more than one block. Memory that upstream allocates with `torch.empty` is filled
+with NaN and lies between guard zones; `check_guards` finds writes to those.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ MODULES = (
     "ops.triton.ssd_combined",
     "ops.triton.ssd_state_passing",
 )
-# What a tree's modules may import, and what must be as before once they are loaded.
+# Packages that a tree's modules may import, and that must be as before once they are loaded.
 _OWN = ("mamba_ssm", "causal_conv1d", "selective_scan_cuda")
 _GUARD = 64  # Elements on either side of an allocation.
-# Host code spreads heads over so many processors: few, so that small shapes have a loop to run.
+# Host code spreads heads over this many processors: few, so that small shapes have a loop to run.
 _PROCESSORS = 4
 
 
 def unavailable() -> str | None:
-    """Why the interpreter cannot be used in this process, and the remedy; None where it can."""
+    """Say why the interpreter cannot be used in this process, and the remedy; None where it can."""
     for package in ("triton", "einops"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed: pip install {package} (triton is for Linux only)."
-    # Triton decides when it decorates its own library, so at its first import.
+    # Triton decides when it decorates its own library, that is at its first import.
     decorated = importlib.import_module("triton.language").cdiv
     interpreter = importlib.import_module("triton.runtime.interpreter")
     if not isinstance(decorated, interpreter.InterpretedFunction):
@@ -102,7 +102,7 @@ def mamba_ssm(
 def _mend_interpreter() -> None:
     """Make Triton's interpreter compute bfloat16 as a GPU does, and faster.
 
-    Triton 3.9.0 keeps bfloat16 as uint16: it multiplies the bit patterns as integers, and cuts off
+    Triton 3.9.0 keeps bfloat16 as uint16: it multiplies the bit patterns as integers, and truncates
     where it should round.
     """
     module = importlib.import_module("triton.runtime.interpreter")
@@ -130,7 +130,7 @@ def _mend_interpreter() -> None:
         return binary_op(self, lhs, rhs, op)
 
     builder.cast_impl, builder.create_dot, builder.binary_op = cast, dot, binary
-    # Half of its time is a check that no index passes 2**31; shapes here are tiny.
+    # Half of its time is a check that no index exceeds 2**31; shapes here are tiny.
     object.__setattr__(module.interpreter_builder.options, "sanitize_overflow", False)
 
 
@@ -141,7 +141,7 @@ def load(
     selective_scan_cuda: Any = None,
     modules: tuple[str, ...] = (),
 ) -> SimpleNamespace:
-    """As `mamba_ssm`, interpreted or not, and with all configurations of each kernel."""
+    """Load a tree as `mamba_ssm` does, interpreted or not, with all configurations of kernels."""
     package = tree / "mamba_ssm"
     if not (package / "ops" / "triton" / "ssd_combined.py").is_file():
         raise FileNotFoundError(
@@ -165,7 +165,7 @@ def load(
         try:
             yield
         finally:
-            # What was imported meanwhile stays with this tree.
+            # Modules imported meanwhile stay with this tree.
             table.update({name: sys.modules.pop(name) for name in list(sys.modules) if _own(name)})
             sys.modules.update(before)
             for name, module in table.items():
@@ -200,12 +200,12 @@ def _own(name: str) -> bool:
 
 
 def smallest(configs: list[Any]) -> Any:
-    """The configuration of a `triton.autotune` with the smallest blocks."""
+    """Return the configuration of a `triton.autotune` with the smallest blocks."""
     return min(configs, key=lambda config: math.prod(config.kwargs.values()))
 
 
 class _Cuda(ModuleType):
-    """torch.cuda where there is no device: its context does nothing, its processors are few."""
+    """torch.cuda without a device: its context does nothing, and its processors are few."""
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
@@ -221,7 +221,7 @@ class _Cuda(ModuleType):
 
 
 class _Torch(ModuleType):
-    """torch as a loaded module sees it: no device, and nothing from `empty` can be read by luck."""
+    """torch as a loaded module sees it: no device, and memory from `empty` is poisoned."""
 
     def __init__(self, guards: list[tuple[Tensor, int]]) -> None:
         super().__init__("torch")
@@ -244,12 +244,12 @@ class _Torch(ModuleType):
 
 
 def guarded(tensor: Tensor) -> Tensor:
-    """A copy with the same strides between NaN: what is read beside it shows in the result."""
+    """Return a copy with the same strides between NaN, so that reads beside it show in results."""
     return _between_guards(tensor)[1].copy_(tensor)
 
 
 def _between_guards(like: Tensor) -> tuple[Tensor, Tensor]:
-    # `empty_like` is dense whatever the strides were: an expanded tensor, too, has room.
+    # `empty_like` is dense whatever the strides were, so that an expanded tensor has room too.
     like = torch.empty_like(like)
     flat = torch.full((like.numel() + 2 * _GUARD,), _poison(like.dtype), dtype=like.dtype)
     return flat, flat.as_strided(like.shape, like.stride(), _GUARD)
@@ -265,7 +265,7 @@ def _guards_hold(flat: Tensor, size: int) -> bool:
 
 
 def conv_stand_in() -> SimpleNamespace:
-    """The package `causal_conv1d` in plain torch: what the state contract says, and no more.
+    """Return a `causal_conv1d` in plain torch that does what the state contract says, no more.
 
     Tensors are (batch, dim, seqlen), states (batch, dim, width - 1), weight (dim, width), seq_idx
     (batch, seqlen) with -1 for padding, where the output is 0. It has `causal_conv1d_fn`,
@@ -291,7 +291,7 @@ def _conv(
     initial_states: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output and final states, in float32, differentiable."""
+    """Return output and final states, in float32, differentiable."""
     batch, dim, seqlen = x.shape
     kept = weight.shape[1] - 1
     if seq_idx is None:

@@ -1,4 +1,4 @@
-"""Registers and spills of every CUDA kernel of a fork, before and after its patches.
+"""Compare registers and spills of every CUDA kernel of a fork, before and after its patches.
 
     folder=forks/causal-conv1d
     python -m ci.kernels.registers $folder/stock $folder/tree --arch sm_80 sm_90
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# What upstream's setup.py gives to nvcc, as far as it changes code.
+# The flags that upstream's setup.py gives to nvcc, as far as they change code.
 FLAGS = [
     "-O3",
     "-std=c++20",
@@ -39,8 +39,8 @@ FLAGS = [
     "--use_fast_math",
 ]
 
-# A multiprocessor of sm_80 to sm_100 has so many registers. They are handed out to a warp in units
-# of 256, so to a thread in units of 8.
+# A multiprocessor of sm_80 to sm_100 has this many registers. They are given to a warp in units of
+# 256, and so to a thread in units of 8.
 REGISTERS = 65536
 UNIT = 8
 
@@ -55,14 +55,14 @@ class Kernel(NamedTuple):
 
 
 class Use(NamedTuple):
-    """Registers of a thread, and bytes that it spills (stores and loads)."""
+    """The registers of a thread, and the bytes that it spills (stores and loads)."""
 
     registers: int
     spills: int
 
 
 def parse(file: str, log: str) -> dict[Kernel, Use]:
-    """What `ptxas -v` said about each kernel of one .cu file."""
+    """Read from the output of `ptxas -v` what each kernel of one .cu file uses."""
     found = re.findall(
         r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers",
@@ -90,11 +90,11 @@ def parse(file: str, log: str) -> dict[Kernel, Use]:
 
 
 def leave_few(text: str) -> str:
-    """A source with fewer instantiations, in which each line of it is still compiled.
+    """Return a source with fewer instantiations, in which each line of it is still compiled.
 
-    Left are the file's first type of inputs, with weights in float and complex; and of the
-    selective scan, which has kernels for several lengths of rows, those for the shortest: the least
-    code, as their loops are unrolled.
+    The file's first type of inputs remains, with weights in float and complex. Of the selective
+    scan, which has kernels for several lengths of rows, those for the shortest remain: they have
+    the least code, as their loops are unrolled.
     """
     first = re.search(r"^template void \w+<([\w:]+)", text, re.M)
     if first:
@@ -112,13 +112,13 @@ def leave_few(text: str) -> str:
 def compile_tree(
     tree: Path, archs: list[str], *, files: str = "*.cu", full: bool = True
 ) -> dict[str, dict[Kernel, Use]]:
-    """The kernels of the .cu files below `tree`/csrc, or `tree`, for each architecture.
+    """Compile the .cu files below `tree`/csrc, or `tree`; return their kernels by architecture.
 
     Args:
         tree: the sources of a fork, or of a hub kernel.
         archs: sm_80 and others.
-        files: which files, as a pattern of their names.
-        full: all instantiations; else those that `leave_few` leaves.
+        files: a pattern for the names of the files.
+        full: compile all instantiations; else those that `leave_few` leaves.
 
     Raises:
         RuntimeError: nvcc's message.
@@ -135,7 +135,7 @@ def compile_tree(
             raise RuntimeError(f"found no .cu file {files} below {whole}; need a source tree")
         for path in [] if full else folder.rglob("*.cu*"):
             path.write_text(leave_few(path.read_text()))
-        # The CPU build of torch leaves out a header that holds no declaration.
+        # The CPU build of torch lacks a header that holds no declaration.
         stub = Path(scratch) / "c10/cuda/impl/cuda_cmake_macros.h"
         stub.parent.mkdir(parents=True)
         stub.touch()
@@ -166,9 +166,9 @@ def compile_tree(
 
 
 def predecessor(kernel: Kernel, before: dict[Kernel, Use]) -> Kernel | None:
-    """The kernel of `before` that `kernel` stands for.
+    """Return the kernel of `before` that `kernel` stands for.
 
-    A patch may add template arguments at the end; false is what was there before it.
+    A patch may add template arguments at the end; false means what was there before it.
     """
     arguments = kernel.arguments
     while True:
@@ -181,7 +181,7 @@ def predecessor(kernel: Kernel, before: dict[Kernel, Use]) -> Kernel | None:
 
 
 def blocks(kernel: Kernel, use: Use) -> int:
-    """How many blocks fit on a multiprocessor, by registers alone.
+    """Return how many blocks fit on a multiprocessor, by registers alone.
 
     The first template argument is the number of threads in a block.
     """
@@ -190,7 +190,7 @@ def blocks(kernel: Kernel, use: Use) -> int:
 
 
 def is_worse(kernel: Kernel, before: Use, after: Use) -> bool:
-    """Whether fewer blocks fit, or as many although more is spilled."""
+    """Return whether fewer blocks fit, or as many although more is spilled."""
     fit, fitted = blocks(kernel, after), blocks(kernel, before)
     return fit < fitted or (fit == fitted and after.spills > before.spills)
 
@@ -200,7 +200,7 @@ def _text(use: Use) -> str:
 
 
 def table(arch: str, before: dict[Kernel, Use], after: dict[Kernel, Use]) -> tuple[str, int]:
-    """A Markdown table of what changed on `arch`, and how many kernels are worse."""
+    """Return a Markdown table of the changes on `arch`, and how many kernels are worse."""
     pairs = {kernel: predecessor(kernel, before) for kernel in after}
     kept = [(old, kernel) for kernel, old in pairs.items() if old]
     equal = sum(before[old] == after[new] for old, new in kept)
@@ -229,7 +229,7 @@ def table(arch: str, before: dict[Kernel, Use], after: dict[Kernel, Use]) -> tup
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "trees", nargs="+", type=Path, help="before and after; one: only compile it"

@@ -9,8 +9,8 @@ kernel has ("stock's"), and with those that the patches add ("all"). The report 
 of registers, bytes of stack (where registers are spilled to) and shared memory, before → after.
 Exit status 1 if a kernel does not compile.
 
-A signature is guessed from the names of the parameters; so the numbers show what a patch costs, not
-what a tuned launch takes.
+A signature is guessed from the names of the parameters, so the numbers show the cost of a patch,
+not that of a tuned launch.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ INDEX = re.compile(r"seq_idx|cu_seqlens|state_batch_indices|last_token|first_tok
 FLOAT32 = re.compile(
     r"d?d?A(_|$)|d?dA_|dd?t(_|$)|[dD]?D(_|$)|d?cb_|states_|final_|d?initstates|dfinal|Mean|Rstd|D[WB]$"
 )
-# What a launch sets for headdim 64, dstate 128 and inner chunks of 256, and switches that are no
-# features. Whatever else is a compile-time parameter is a flag, and off or on.
+# Values that a launch sets for headdim 64, dstate 128 and inner chunks of 256, and switches that
+# are no features. Any other compile-time parameter is a flag, off or on.
 CONSTANTS: dict[str, Any] = {
     "BLOCK_N": 1024,
     "BLOCK_SIZE_CHUNK": 256,
@@ -60,7 +60,7 @@ CONSTANTS: dict[str, Any] = {
     "TIE_HDIM": False,
     "dot_dtype": "bfloat16",
 }
-# Flags that a kernel refuses together with its others, and that upstream never sets.
+# Flags that a kernel refuses in combination with its others, and that upstream never sets.
 REFUSED = {"_chunk_scan_bwd_dcb_kernel": {"HAS_DDA_CS"}}
 
 
@@ -68,12 +68,12 @@ Pick = Callable[[list[Any]], Any]
 
 
 def first(configs: list[Any]) -> Any:
-    """The first configuration."""
+    """Return the first configuration."""
     return configs[0]
 
 
 def kernels(tree: Path) -> dict[tuple[str, str], Any]:
-    """(file, name) of every kernel of a tree, as its decorators left it."""
+    """Return every kernel of a tree, as its decorators left it, by (file, name)."""
     jit = importlib.import_module("triton.runtime").JITFunction
     return {
         (module, name): value
@@ -85,21 +85,21 @@ def kernels(tree: Path) -> dict[tuple[str, str], Any]:
 
 
 def function(kernel: Any) -> Any:
-    """What autotune and heuristics have been put around."""
+    """Return the function under autotune and heuristics."""
     while hasattr(kernel, "fn") and (hasattr(kernel, "configs") or hasattr(kernel, "values")):
         kernel = kernel.fn
     return kernel
 
 
 def tuned(kernel: Any, pick: Pick) -> Any:
-    """One of the configurations of a kernel; None where it has none."""
+    """Return one of the configurations of a kernel; None where it has none."""
     while kernel is not None and not hasattr(kernel, "configs"):
         kernel = getattr(kernel, "fn", None)
     return kernel and pick(kernel.configs)
 
 
 def flags(kernel: Any) -> set[str]:
-    """The compile-time parameters that switch a feature on."""
+    """Return the compile-time parameters that switch a feature on."""
     config = tuned(kernel, first)
     known = CONSTANTS.keys() | (config.kwargs.keys() if config else set())
     known |= REFUSED.get(function(kernel).__name__, set())
@@ -107,11 +107,11 @@ def flags(kernel: Any) -> set[str]:
 
 
 def compiled(kernel: Any, on: set[str], target: str, pick: Pick) -> dict[str, int]:
-    """Registers, stack and shared memory of one kernel with these flags on."""
+    """Return registers, stack and shared memory of one kernel with these flags on."""
     triton = importlib.import_module("triton")
     compiler = importlib.import_module("triton.compiler")
     fn, config = function(kernel), tuned(kernel, pick)
-    # A part of Triton's cache key: without it a kernel that only moved is not compiled again.
+    # This is a part of Triton's cache key: otherwise a kernel that only moved is compiled again.
     fn.starting_line_number = 0
     constants = CONSTANTS | {"dot_dtype": importlib.import_module("triton.language").bfloat16}
     names = [p.name for p in fn.params]
@@ -128,11 +128,11 @@ def compiled(kernel: Any, on: set[str], target: str, pick: Pick) -> dict[str, in
             signature[name] = "fp32"
         else:
             signature[name] = _type(name)
-            # As Triton finds of aligned tensors, and of sizes that are multiples of 16.
+            # Triton finds this for aligned tensors, and for sizes that are multiples of 16.
             attrs[(index,)] = [["tt.divisibility", 16]]
     source = compiler.ASTSource(fn, signature, constexprs, attrs)
     backend = importlib.import_module("triton.backends.compiler").GPUTarget(*TARGETS[target])
-    options = {"enable_fp_fusion": True}  # the default; unset, Triton 3.9 warns that it will change
+    options = {"enable_fp_fusion": True}  # The default; if unset, Triton 3.9 warns of a change.
     if config:
         options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     result = triton.compile(source, target=backend, options=options)
@@ -181,7 +181,7 @@ def _number(pattern: str, text: str) -> int:
 def report(
     stock: Path, patched: Path, targets: list[str], pick: Pick, everything: bool
 ) -> tuple[str, bool]:
-    """The table as Markdown, and whether everything compiled."""
+    """Return the table as Markdown, and whether everything compiled."""
     before, after = kernels(stock), kernels(patched)
     title = " | ".join(f"{t}: registers, stack bytes, shared KiB" for t in targets)
     lines = [f"| kernel | flags | {title} |", "|---" * (2 + len(targets)) + "|"]
@@ -202,7 +202,7 @@ def report(
             for target in targets:
                 earlier = _cell(old, on, target, pick) if old and on <= old_flags else "none"
                 later = _cell(kernel, on, target, pick)
-                # What Triton cannot compile before either is Triton's own matter.
+                # A kernel that Triton could not compile before either is Triton's own matter.
                 right &= not later.startswith("fails") or later == earlier
                 cells.append(later if earlier == later else f"{earlier} → {later}")
                 print(f"{name} {label} {target}: {cells[-1]}", file=sys.stderr, flush=True)
@@ -213,7 +213,7 @@ def report(
 def _cell(kernel: Any, on: set[str], target: str, pick: Pick) -> str:
     try:
         found = compiled(kernel, on, target, pick)
-    except Exception as error:  # Whatever the compiler raises is the result.
+    except Exception as error:  # Any error of the compiler is the result.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"fails: {lines[-1][:150]}"
     return f"{found['registers']}, {found['stack']}, {found['shared'] / 1024:.3g}"

@@ -1,1 +1,1 @@
-"""The default model: its data, its training and its evaluation."""
+"""Make the default model: its data, its training and its evaluation."""

@@ -1,12 +1,13 @@
-"""Text to train and evaluate the default model on: `python -m ci.model.data`.
+"""Make the text to train and evaluate the default model on: `python -m ci.model.data`.
 
 The sources are packages of Debian's main section, fetched by apt-get, which need not be installed:
 manual pages, documentation and help in HTML and Mallard, a dictionary, and the descriptions of all
-packages. Of these come pairs of a line that says what a text is about and the text itself, some
-short, some as long as a book.
+packages. They are turned into pairs: a line that says what a text is about, and the text itself.
+Some texts are short, some as long as a book.
 
-Pairs of one page stay together: some pages are kept to choose by while the model is made, and
-others, which are looked at only at the end, for the evaluation; so is all of some sources.
+Pairs of one page stay together. Some pages are kept for validation, to make choices by while the
+model is made; others, which are looked at only at the end, are kept for the evaluation. The same is
+done with some whole sources.
 """
 
 from __future__ import annotations
@@ -87,16 +88,17 @@ PACKAGES = {
     "wordnet-base": "WordNet-3.0",
     "zsh-doc": "Zsh",
 }
-DESCRIPTIONS = "package descriptions"  # Each under its package's own free licence.
+DESCRIPTIONS = "package descriptions"  # Each has its own package's free licence.
 DICTIONARY = "wordnet-base"
 
 Split = Literal["train", "validation", "test"]
 
-# Sources that are all on one side: a word of the dictionary is no line about a text.
+# Sources that are completely on one side: a word of the dictionary is no line about a text.
 SIDES: dict[str, Split] = {"perl-doc": "test", "tcl8.6-doc": "validation", DICTIONARY: "train"}
-SHARE = 20  # One page in so many is kept for the evaluation, and one to choose by.
-PAGES = 500  # So many files of a package are read, at most.
-# Characters: of a short text at most, of a long one, and of a long one to train on at most.
+SHARE = 20  # One page in this many is kept for the evaluation, and one for validation.
+PAGES = 500  # At most this many files of a package are read.
+# In characters: the most of a short text, the range of a long one, and the most of a long one to
+# train on.
 SHORT, LONG, CUT = 2000, (8_000, 400_000), 64_000
 
 
@@ -106,10 +108,10 @@ class Pair:
 
     Attributes:
         source: The package, or `DESCRIPTIONS`.
-        page: What the text is a part of.
+        page: The page that the text is a part of.
         query: The line.
         text: The text, without the line.
-        long: Whether it is a whole page, of `LONG` characters.
+        long: True where it is a whole page, with a length within `LONG`.
     """
 
     source: str
@@ -120,7 +122,7 @@ class Pair:
 
     @property
     def split(self) -> Split:
-        """Pairs of one page are on one side."""
+        """Return the side that the pair is on; pairs of one page are on one side."""
         if self.source in SIDES:
             return SIDES[self.source]
         place = _number(f"{self.source} {self.page}") % SHARE
@@ -128,7 +130,7 @@ class Pair:
 
 
 def _number(text: str) -> int:
-    """A number that is always the same for a text."""
+    """Return a number that is always the same for a text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
@@ -139,7 +141,7 @@ def _read(folder: Path) -> list[Pair]:
 
 
 def pairs(folder: Path, split: Split) -> list[Pair]:
-    """The pairs that `main` has written into a folder."""
+    """Return the pairs that `main` has written into a folder."""
     return [pair for pair in _read(folder) if pair.split == split]
 
 
@@ -147,7 +149,7 @@ def pairs(folder: Path, split: Split) -> list[Pair]:
 
 
 def fetch(folder: Path) -> None:
-    """Download what is not there yet, and unpack it."""
+    """Download and unpack the packages that are not there yet."""
     packages, lists = folder / "packages", folder / "lists"
     packages.mkdir(parents=True, exist_ok=True)
     (folder / "text").mkdir(exist_ok=True)
@@ -160,7 +162,7 @@ def fetch(folder: Path) -> None:
             subprocess.run(["dpkg-deb", "-x", package, unpacked], check=True)
     if not list(lists.glob("*_main_i18n_Translation-en*")):
         (lists / "partial").mkdir(parents=True, exist_ok=True)
-        # The lists of its own leave the system's as they are, which may lack descriptions.
+        # Separate lists leave the system's unchanged; those may lack descriptions.
         options = [f"Dir::State::Lists={lists.resolve()}", "Acquire::Languages=en"]
         words = [word for option in options for word in ("-o", option)]
         subprocess.run(["apt-get", "-q", *words, "update"], check=True)
@@ -170,7 +172,7 @@ def fetch(folder: Path) -> None:
 
 
 def read_descriptions(lists: Path) -> Iterator[Pair]:
-    """The summaries of packages and what follows them; of packages that begin alike, the first."""
+    """Yield the summaries of packages and the texts below; of texts that begin alike, the first."""
     seen = set()
     for path in sorted(lists.glob("*_main_i18n_Translation-en*")):
         command = ["/usr/lib/apt/apt-helper", "cat-file", str(path)]
@@ -190,13 +192,13 @@ def read_descriptions(lists: Path) -> Iterator[Pair]:
 
 
 def read_manual(source: str, path: Path) -> Iterator[Pair]:
-    """A manual page: its description line, with its DESCRIPTION and with all but its name."""
+    """Yield a manual page's description line, with its DESCRIPTION and with all but its name."""
     sections = manual_sections(gzip.decompress(path.read_bytes()).decode(errors="replace"))
     name = " ".join(sections.pop("NAME", "").split())
     _, dash, query = name.partition(" - ")
     if not dash or len(query) < 15:
         return
-    page = query.lower()  # Pages of one description are one page, under several names.
+    page = query.lower()  # Pages with one description are one page under several names.
     if len(text := sections.get("DESCRIPTION", "")) >= 100:
         yield Pair(source, page, query, text[:SHORT], long=False)
     whole = "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items())
@@ -211,7 +213,7 @@ _STRINGS |= {"ga": "`", "bv": "|", "ba": "|", "->": "->", "<=": "<=", ">=": ">="
 
 
 def _plain(text: str) -> str:
-    """What is left of text without roff's escapes."""
+    """Return the text without roff's escapes."""
     text = re.sub(r'\\".*', "", text)
     text = _FONT.sub("", text)
     text = re.sub(r"\\\*?(?:\[([^\]]*)\]|\((..))", lambda m: _STRINGS.get(m[1] or m[2], ""), text)
@@ -219,10 +221,10 @@ def _plain(text: str) -> str:
 
 
 def manual_sections(roff: str) -> dict[str, str]:
-    """The sections of a manual page in roff's macros "man", as plain text; others have none."""
+    """Return the sections of a manual page in roff's macros "man", as plain text; else none."""
     sections: dict[str, list[str]] = {}
     lines: list[str] | None = None
-    skipped = False  # Within the definition of a macro.
+    skipped = False  # True within the definition of a macro.
     for line in roff.splitlines():
         request, _, rest = line.partition(" ")
         if skipped or request in (".de", ".de1", ".ig"):
@@ -252,7 +254,7 @@ def _arguments(rest: str) -> list[str]:
 
 
 def read_dictionary(source: str, path: Path) -> Iterator[Pair]:
-    """The words of each meaning, and what WordNet says of it."""
+    """Yield the words of each meaning, with WordNet's explanation of it."""
     for line in path.read_text().splitlines():
         fields, _, gloss = line.partition(" | ")
         if len(gloss) >= 40 and not line.startswith(" "):
@@ -262,7 +264,7 @@ def read_dictionary(source: str, path: Path) -> Iterator[Pair]:
 
 
 def read_html(source: str, path: Path) -> Iterator[Pair]:
-    """A page of HTML or Mallard: its sections by their titles, and the whole by its own."""
+    """Yield the sections of a page of HTML or Mallard by their titles, and the whole by its own."""
     parser = _Sections()
     parser.feed(path.read_text(errors="replace"))
     sections = [(" ".join(t.split()), _tidy(text)) for t, text in parser.sections]
@@ -283,11 +285,11 @@ def _tidy(text: str) -> str:
     return re.sub(r"\n\s*\n+", "\n\n", re.sub(r"[ \t]+", " ", text)).strip()
 
 
-_HEADING = re.compile("h[1-5]|title")  # The latter of Mallard; HTML has it in its head.
+_HEADING = re.compile("h[1-5]|title")  # "title" is Mallard's; HTML has it in its head.
 
 
 class _Sections(HTMLParser):
-    """Collects `sections`, each its title and its text."""
+    """A parser that collects `sections`, each its title and its text."""
 
     _void = frozenset(
         ["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "wbr"]
@@ -297,7 +299,7 @@ class _Sections(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.sections: list[tuple[str, str]] = []
-        self._open: list[bool] = []  # For each element around: whether it is left out.
+        self._open: list[bool] = []  # For each open element, whether it is left out.
         self._tags: list[str] = []
         self._heading = False
 
@@ -341,7 +343,7 @@ _NOT_READ = re.compile(
 
 
 def read_package(root: Path) -> list[Pair]:
-    """The pairs of an unpacked package; of a large one, of some files from all over it."""
+    """Return the pairs of an unpacked package; of a large one, of files from all over it."""
     source = root.name
     found: list[Pair] = []
     names = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
@@ -359,7 +361,7 @@ def read_package(root: Path) -> list[Pair]:
 
 
 def read(folder: Path) -> Iterator[Pair]:
-    """All pairs of what was fetched."""
+    """Yield all pairs of the fetched packages."""
     yield from read_descriptions(folder / "lists")
     roots = [folder / "text" / source for source in PACKAGES]
     with ProcessPoolExecutor() as pool:
@@ -368,7 +370,7 @@ def read(folder: Path) -> Iterator[Pair]:
 
 
 def main() -> None:
-    """Fetch, read and write the pairs, unless they are there; print what there is."""
+    """Fetch, read and write the pairs, unless they are there; print a summary of them."""
     if not (OUT / PAIRS).is_file():
         fetch(OUT)
         found = {}

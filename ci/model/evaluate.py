@@ -1,10 +1,11 @@
 """Evaluate the default model on text that it never saw: `python -m ci.model.evaluate`.
 
-Beside it stand its teacher, which reads 256 tokens, the teacher over windows of the whole text, and
-BM25. Each line is to find its text: `python -m ci.model.data` has kept pages for this, and a whole
-source. A table in Markdown is printed, and `model-out/evaluation-test.json` written.
+It is compared with its teacher, which reads 256 tokens, with the teacher over windows of the whole
+text, and with BM25. Each line has to find its text: `python -m ci.model.data` has kept pages for
+this, and a whole source. The program prints a table in Markdown, and writes
+`model-out/evaluation-test.json`.
 
-Ways to train are to be compared with `--validation`, on other pages and another source.
+To compare ways of training, use `--validation`, which takes other pages and another source.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from ci.tables import markers
 from compat.default_model import load_default_model
 
 CHUNK = 512
-SHORT, LONG = 1200, 80  # So many pairs of a kind are used, at most.
+SHORT, LONG = 1200, 80  # The most pairs of each kind.
 TOKENS = (2_000, 100_000)  # Of a long text; tokens are the teacher's, here and below.
-WINDOW = 254  # Tokens; the teacher adds two.
-# A fact and a question; nothing of it is in the texts around it.
+WINDOW = 254  # In tokens; the teacher adds two.
+# A fact and a question for it; the texts around it contain nothing of it.
 NEEDLES = [
     ("The lighthouse keeper feeds his parrot with blueberries.", "What does the parrot eat?"),
     ("My grandmother was born in a village near Lisbon.", "Where was grandmother born?"),
@@ -44,7 +45,7 @@ NEEDLES = [
     ("The patient should take the medicine after breakfast.", "When to take the medicine?"),
 ]
 LENGTHS, DEPTHS = (1_000, 4_000, 16_000), (0.1, 0.5, 0.9)
-AMONG = 40  # So many texts, at most, a text with a fact is among.
+AMONG = 40  # A text with a fact is among at most this many texts.
 
 Scores = Callable[[list[str], list[str]], np.ndarray]
 """Queries and texts to (queries, texts), the larger the better."""
@@ -53,36 +54,36 @@ Scores = Callable[[list[str], list[str]], np.ndarray]
 def by_embeddings(
     queries: Callable[[list[str]], np.ndarray], texts: Callable[[list[str]], np.ndarray]
 ) -> Scores:
-    """Cosines of embeddings."""
+    """Score by the cosines of embeddings."""
     return lambda q, t: np.asarray(queries(q) @ texts(t).T)
 
 
 def by_words(queries: list[str], texts: list[str]) -> np.ndarray:
-    """BM25, as bm25s has it."""
+    """Score by BM25, as bm25s has it."""
     found = bm25s.BM25()
     found.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
     words = bm25s.tokenize(queries, stopwords="en", return_ids=False, show_progress=False)
-    # A query without words is told nothing by them.
+    # A query without words scores 0 for all texts.
     return np.stack([found.get_scores(w) if w else np.zeros(len(texts)) for w in words])
 
 
 class Teacher:
-    """The teacher's tokens, and its embeddings, which are kept between calls of this program."""
+    """The teacher's tokens, and its embeddings, which are kept between runs of this program."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        # In bfloat16: what it finds is the same, and it takes half of the time.
+        # bfloat16 finds the same and takes half of the time.
         self._model = teacher.load(model_kwargs={"dtype": torch.bfloat16})
         self._tokenizer = teacher.tokenizer()
 
     def places(self, text: str) -> list[tuple[int, int]]:
-        """Where each token of a text begins and ends."""
+        """Return the beginning and end of each token of a text."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return [(int(start), int(end)) for start, end in encoding.offsets]
 
     def beginnings(self, texts: list[str]) -> np.ndarray:
-        """Of 256 tokens of each."""
+        """Return the embeddings of the first 256 tokens of each text."""
         digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
         path = self._folder / f"{digest[:16]}.npy"
         if not path.is_file():
@@ -92,7 +93,7 @@ class Teacher:
         return np.asarray(np.load(path))
 
     def windows(self, texts: list[str]) -> np.ndarray:
-        """The mean of the windows of each, of norm 1."""
+        """Return the mean of the windows of each text, of norm 1."""
         parts, owners = [], []
         for owner, text in enumerate(texts):
             places = self.places(text)
@@ -102,16 +103,16 @@ class Teacher:
                 owners.append(owner)
         found = np.zeros((len(texts), 384), np.float32)
         numbers = {part: number for number, part in enumerate(dict.fromkeys(parts))}
-        embeddings = self.beginnings(list(numbers))  # Haystacks have most windows in common.
+        embeddings = self.beginnings(list(numbers))  # Haystacks share most of their windows.
         np.add.at(found, owners, embeddings[[numbers[part] for part in parts]])
         return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True))
 
 
 def measures(scores: np.ndarray) -> dict[str, float]:
-    """What is found where text i is the one for query i; (queries, texts).
+    """Measure how well text i is found for query i, from scores (queries, texts).
 
-    Of texts with the same score, the one that is asked for comes last: a model that sees no
-    difference has found nothing.
+    Of texts with the same score, the wanted one counts as the last: a model that sees no difference
+    has found nothing.
     """
     rounded = scores.round(6)
     ranks = (rounded >= rounded.diagonal()[:, None]).sum(1)
@@ -123,21 +124,21 @@ def measures(scores: np.ndarray) -> dict[str, float]:
 
 
 class Task(NamedTuple):
-    """Lines and texts: the first is for the first line, and so on; more texts may follow."""
+    """Lines and texts: text i is for line i, and more texts may follow."""
 
     queries: list[str]
     texts: list[str]
 
 
 def some(found: list[Pair], most: int) -> list[Pair]:
-    """At most so many, always the same ones, in no order; one of each line and each text."""
+    """Return at most `most` pairs, always the same and shuffled; one for each line and text."""
     unique = {pair.query.lower(): pair for pair in found}
     unique = {pair.text: pair for pair in unique.values()}
     return sorted(unique.values(), key=lambda p: hashlib.sha256(p.query.encode()).digest())[:most]
 
 
 def tasks(from_teacher: Teacher, split: Split) -> dict[str, Task]:
-    """Lines and the texts that they are about, of sources and pages never seen."""
+    """Return lines and the texts that they are about, of sources and pages never seen."""
     low, high = TOKENS
     found = {}
     for kind, long, most in (("short texts", False, SHORT), ("long texts", True, LONG)):
@@ -152,7 +153,7 @@ def tasks(from_teacher: Teacher, split: Split) -> dict[str, Task]:
 
 
 def needles(from_teacher: Teacher, texts: list[str]) -> dict[str, Task]:
-    """Facts in long texts, for questions: in copies of one text, and each in another text."""
+    """Return questions for facts in long texts: in copies of one text, and each in another text."""
     questions = [question for _, question in NEEDLES]
     one = "\n\n".join(texts)
     found = {}
@@ -174,19 +175,19 @@ def needles(from_teacher: Teacher, texts: list[str]) -> dict[str, Task]:
 
 
 def beginning(from_teacher: Teacher, text: str, length: int) -> str:
-    """So many tokens of a text; nothing of a text that has fewer."""
+    """Return the first `length` tokens of a text; nothing if the text has fewer."""
     places = from_teacher.places(text[: 20 * length])
     return text[: places[length - 1][1]] if len(places) >= length else ""
 
 
 def with_fact(text: str, fact: str, depth: float) -> str:
-    """A text with a fact after this share of it, between two words."""
+    """Put a fact into a text after this share of it, between two words."""
     before = text[: round(depth * len(text))].rpartition(" ")[0]
     return f"{before} {fact}{text[len(before) :]}"
 
 
 def evaluate(model: SentenceTransformer, folder: Path, split: Split) -> dict[str, dict[str, Any]]:
-    """For each task and each model what it finds."""
+    """Return what each model finds in each task."""
     from_teacher = Teacher(folder / "teacher-evaluated")
     compat.enable_vertical_chunking()
 
@@ -231,7 +232,7 @@ SECTIONS = {
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """In Markdown, in sections."""
+    """Write the results in Markdown, in sections."""
     names = [name for name in next(iter(found.values())) if name != "texts"]
     text: list[str] = []
     for word, (title, keys) in SECTIONS.items():

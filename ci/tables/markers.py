@@ -1,4 +1,4 @@
-"""Write the parts of Markdown files that programs make: each stands between two markers."""
+"""Write the generated parts of Markdown files; each stands between two markers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MODELS = _ROOT / "compat" / "families" / "README.md"
 
 
 def put(section: str, text: str, path: Path) -> None:
-    """Replace what stands between the two markers of a section of a file.
+    """Replace the text between the two markers of a section of a file.
 
     Raises:
         ValueError: The file does not have both markers.

@@ -1,13 +1,14 @@
 """Say what compat can do with which releases: `python -m ci.tables.matrix` prints a table.
 
-With `--readme` it is written into compat/families/README.md, too.
+With `--readme` the table is also written into compat/families/README.md.
 
-Each environment is a virtual environment that takes torch and all else from the one that runs
-this, and brings its own transformers and sentence-transformers. In each, every family is read in
+Each environment is a virtual environment that takes torch and all else from the one that runs this
+program, and brings its own transformers and sentence-transformers. In each, every family is read in
 chunks, without padding, with padding on the left, and in rows of mixed lengths; a text is encoded
-in chunks; all is held against one pass. Exit status 1 where numbers differ or anything but an error
-of compat is raised, a FutureWarning too; where releases that pyproject.toml claims cannot encode or
-refuse a family, but for those of `REFUSED_BEFORE`; or where the newest leave any family untried.
+in chunks; all results are compared with one pass. The exit status is 1 where numbers differ, or
+anything but an error of compat is raised (a FutureWarning too); where releases that pyproject.toml
+claims cannot encode, or refuse a family other than those of `REFUSED_BEFORE`; or where the newest
+releases leave any family untried.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ci.tables import markers
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 # transformers and sentence-transformers: the oldest and the newest that are claimed, some between,
-# and some before, which are to be refused with a reason.
+# and some older ones, which must be refused with a reason.
 ENVIRONMENTS = [
     ("5.5.0", "6.2.0"),
     ("5.14.1", "6.2.0"),
@@ -46,19 +47,19 @@ ENVIRONMENTS = [
     ("5.24.0", "6.2.0"),
 ]
 RIGHT, WRONG, REFUSED, ABSENT = "right", "wrong", "refused", "not in this release"
-# The model is there, but is not configured as the tests' is, with layers that came later.
+# The model is there, but its configuration lacks layers that the tests' has, which came later.
 UNTRIED = "not tried"
-# What is refused, though claimed, and the release in which that ends.
+# Types that are refused although claimed, and the release in which that ends.
 REFUSED_BEFORE = {
     "qwen4_exp_text": "5.21.1",  # Its cache does not let a row leave the batch; 5.18 was tried.
     "recurrent_gemma": "5.23.0",  # Its cache takes every layer for an attention layer.
 }
-# The padding of three rows of 36 tokens that fills whole chunks at the end of two of them.
+# The padding of three rows of 36 tokens; it fills whole chunks at the end of two of them.
 MIXED_LENGTHS = [0, 9, 27]
 
 
 def environment(transformers: str, sentence_transformers: str) -> Path:
-    """The interpreter of a virtual environment with these releases; made where it is missing."""
+    """Return the Python of a virtual environment with these releases; make it if it is missing."""
     folder = Path(sys.prefix, "matrix", f"{transformers}-{sentence_transformers}")
     python, ready = folder / "bin" / "python", folder / "ready"
     if not ready.exists():
@@ -73,7 +74,8 @@ def environment(transformers: str, sentence_transformers: str) -> Path:
             f"torch=={version('torch').partition('+')[0]}",
         ]
         subprocess.run([python, *command.split(), *releases], check=True)
-        # Its own, also where the environment around it has the same ones now: those may move.
+        # It gets its own, even if the environment around it has the same releases now: those may
+        # move.
         own_ones = ["--no-deps", "--ignore-installed", *releases[:2]]
         subprocess.run([python, *command.split(), *own_ones], check=True)
         ready.touch()
@@ -81,7 +83,7 @@ def environment(transformers: str, sentence_transformers: str) -> Path:
 
 
 def inside() -> dict[str, Any]:
-    """What holds in this environment: the report, each family, and encode."""
+    """Return the results in this environment: the report, each family, and encode."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
@@ -91,7 +93,7 @@ def inside() -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".* has attention layers")
-    # What a release announces by one, a later release breaks.
+    # A later release breaks what a release announces by one.
     warnings.filterwarnings("error", category=FutureWarning)
     sys.path.append(str(TESTS))
     status = compat.status()
@@ -104,17 +106,17 @@ def inside() -> dict[str, Any]:
 
 
 def judged(errors: list[float]) -> str:
-    """Right, or how wrong."""
+    """Return `RIGHT`, or how wrong the errors are."""
     import torch
 
     right: float = importlib.import_module("support.tolerances").CHUNKED[torch.float32]
-    # One that is not a number is not right, and hides from max().
+    # An error that is not a number is not right, and max() would miss it.
     wrong = [error for error in errors if not error <= right]
     return f"{WRONG}, {max(wrong):.1g}" if wrong else RIGHT
 
 
 def model(name: str) -> str:
-    """What becomes of a tiny model of a family that is read in chunks."""
+    """Return the verdict on a tiny model of a family that is read in chunks."""
     import torch
 
     import compat
@@ -149,7 +151,7 @@ def model(name: str) -> str:
 
 
 def encode() -> str:
-    """What becomes of a text that a tiny Mamba2 encodes in chunks."""
+    """Return the verdict on a text that a tiny Mamba2 encodes in chunks."""
     import compat
 
     try:
@@ -162,7 +164,7 @@ def encode() -> str:
 
 
 def encoded() -> str:
-    """Whether the chunks of a text give its embedding."""
+    """Compare the embedding of a text in chunks with that in one pass."""
     embedders: Any = importlib.import_module("support.embedders")
     with tempfile.TemporaryDirectory() as folder:
         model = embedders.embedder(embedders.save_checkpoint(folder))
@@ -175,14 +177,14 @@ def encoded() -> str:
 
 
 def claimed() -> list[Requirement]:
-    """What pyproject.toml asks for: of transformers, of sentence-transformers."""
+    """Return the requirements of pyproject.toml for transformers and sentence-transformers."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = {Requirement(line).name: Requirement(line) for line in project["dependencies"]}
     return [found["transformers"], found["sentence-transformers"]]
 
 
 def faults(found: dict[str, Any]) -> list[str]:
-    """What is not as it must be in an environment."""
+    """List what is wrong in an environment."""
     pairs = zip(claimed(), found["versions"], strict=True)
     supported = [requirement.specifier.contains(version) for requirement, version in pairs]
     newest = found["versions"] == list(ENVIRONMENTS[-1])
@@ -201,7 +203,7 @@ def faults(found: dict[str, Any]) -> list[str]:
 
 
 def row(found: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Write a line of the table."""
     models = {name: what for name, what in found["models"].items() if what != ABSENT}
     right = [name for name in models if models[name] == RIGHT]
     untried = [name for name in models if models[name].startswith(UNTRIED)]

@@ -1,7 +1,7 @@
 """Say what is to be done for the newest releases: `nox -s test-newest` runs it.
 
-Prints a table of what works in the environment that runs this, which the session fills with the
-newest release of everything; what is not right is told below it. Each thing
+Prints a table of what works in the environment that runs this program, which the session fills with
+the newest release of everything. Details of what is not right follow below it. Each thing
 
 - *works*, as on the releases that the project is pinned to;
 - is *slower*: right, but not on its fast path;
@@ -49,21 +49,21 @@ TESTS = [
     "hooks/test_refusals",
     "hooks/test_stored_default",
 ]
-# That types are missing from the registry has a row of its own: compat refuses them.
+# Types missing from the registry have a row of their own, as compat refuses them.
 COMPLETENESS = "test_every_recurrent_model_of_transformers_is_supported_or_listed_with_a_reason"
-# A rebase's verdict, and ours: what nobody ran is not said to work.
+# The verdict on a rebase, and ours: a series that nobody tested does not count as working.
 REBASED = {"right": WORKS, "broken": BROKEN, "does not fit": BROKEN, "not run": REFUSED}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one thing.
+    """The verdict on one thing.
 
     Attributes:
         thing: A model type, a group of tests, a library.
         verdict: `WORKS`, `SLOWER`, `REFUSED` or `BROKEN`.
-        why: In a line; empty where there is nothing to say.
-        details: What is printed below the table.
+        why: The reason in a line; empty where there is nothing to say.
+        details: Text that is printed below the table.
     """
 
     thing: str
@@ -72,13 +72,13 @@ class Row:
     details: str = ""
 
     def __str__(self) -> str:
-        """A line of the table, in Markdown."""
+        """Return a line of the table, in Markdown."""
         cells = (self.thing, self.verdict, " ".join(self.why.split()).replace("|", "\\|"))
         return f"| {' | '.join(cells)} |"
 
 
 def inside() -> dict[str, Any]:
-    """What holds of compat in this environment, beside what `ci.tables.matrix` looks at."""
+    """Check compat in this environment, beyond the checks of `ci.tables.matrix`."""
     found = matrix.inside()
     import compat
 
@@ -92,7 +92,7 @@ def inside() -> dict[str, Any]:
 
 
 def attempted(probe: Callable[[], Any]) -> Any:
-    """What a probe says; as `ci.tables.matrix` would put it, if it raises."""
+    """Return the verdict of a probe, or its error in the words of `ci.tables.matrix`."""
     import compat
 
     try:
@@ -104,7 +104,7 @@ def attempted(probe: Callable[[], Any]) -> Any:
 
 
 def hooks() -> str:
-    """Whether the hooks go in, and come out without a trace."""
+    """Check that the hooks go in, and come out without a trace."""
     import compat
 
     attributes: Any = importlib.import_module("tests.hooks.test_switch").attributes
@@ -124,7 +124,7 @@ def hooks() -> str:
 
 
 def new_types() -> str:
-    """Which recurrent model types of the installed transformers the registry does not know."""
+    """List the recurrent model types of the installed transformers that the registry lacks."""
     from compat.families.lookup import FAMILIES
     from compat.families.supported import UNSUPPORTED
 
@@ -135,19 +135,19 @@ def new_types() -> str:
 
 
 def fast_paths() -> dict[str, str]:
-    """For each type that has a fast path on a CPU: right, or why it is not taken."""
+    """Say for each type with a fast path on a CPU that it is right, or why it is not taken."""
     import compat
     from compat.families import mamba1, mamba2
 
     paths = compat.status().paths
-    # A path that the report leaves out is one that nobody knows of, though the model is there.
+    # A path that the report leaves out is unknown, although the model is there.
     left_out = "compat's report does not name it: it is native, or its mixer is called otherwise"
     found = dict.fromkeys(sorted([*mamba2.MIXERS, *mamba1.MIXERS, "rwkv"]), left_out) | paths
     return {name: f"{SLOWER}: {why}" if why else matrix.RIGHT for name, why in found.items()}
 
 
 def judged(thing: str, said: str) -> Row:
-    """The row of what the matrix, or a probe, says of a thing; broken unless it is known."""
+    """Return the row for a verdict of the matrix or a probe; an unknown verdict is broken."""
     verdict, _, why = said.partition(": ")
     if said == matrix.RIGHT:
         return Row(thing, WORKS)
@@ -157,7 +157,7 @@ def judged(thing: str, said: str) -> Row:
 
 
 def of_compat(found: dict[str, Any]) -> Iterator[Row]:
-    """The rows of what `inside` found."""
+    """Yield the rows for the results of `inside`."""
     for name, said in found["models"].items():
         yield judged(name, said)
     for thing in ("new types", "hooks", "encode"):
@@ -170,7 +170,7 @@ def of_compat(found: dict[str, Any]) -> Iterator[Row]:
 
 
 def compat_rows() -> Iterator[Row]:
-    """Run `inside` in a process of its own, which may die of what the releases have become."""
+    """Run `inside` in a process of its own, which the new releases may make crash."""
     run = subprocess.run(
         [sys.executable, "-m", "ci.tables.newest", "inside"],
         env=_environment(),
@@ -207,11 +207,11 @@ def test_rows() -> list[Row]:
 
 
 def of_tests(cases: dict[str, Case], status: int) -> list[Row]:
-    """A row for each file of tests, from what became of its tests and pytest's exit status."""
+    """Return a row for each file of tests, from its tests' outcomes and pytest's exit status."""
     rows = []
     for name in TESTS:
         thing, module = f"tests/{name}.py", f"tests/{name}".replace("/", ".")
-        # A file that cannot be imported is a test without a module.
+        # A file that cannot be imported appears as a test without a module.
         own = {
             test: case
             for test, case in cases.items()
@@ -233,23 +233,23 @@ def of_tests(cases: dict[str, Case], status: int) -> list[Row]:
 
 
 def rebase_row(library: str) -> Row:
-    """The series of a library on its newest release."""
+    """Return the row for the series of a library on its newest release."""
     thing = f"rebase {library}"
     try:
         found = forks.rebase(library, "newest", ROOT)
-    except Exception as error:  # The other libraries are to be told of all the same.
+    except Exception as error:  # The other libraries must still be reported.
         return Row(thing, BROKEN, f"{type(error).__name__}: {error}".partition("\n")[0], str(error))
     return of_rebase(thing, found.version, found.verdict, found.text)
 
 
 def of_rebase(thing: str, release: str, verdict: str, text: str) -> Row:
-    """The row of a rebase; its text is told where there is something to do."""
+    """Return the row for a rebase, with its text as details where there is something to do."""
     ours = REBASED[verdict]
     return Row(thing, ours, f"{release}: {verdict}", "" if ours == WORKS else text)
 
 
 def installed(name: str) -> str | None:
-    """The version of a distribution, without the build that torch adds; None where it is absent."""
+    """Return the version of a distribution without torch's build suffix; None if it is absent."""
     try:
         return version(name).partition("+")[0]
     except PackageNotFoundError:
@@ -257,13 +257,13 @@ def installed(name: str) -> str | None:
 
 
 def range_row() -> Row:
-    """Whether pip would bring these releases to a user."""
+    """Check whether pip would install these releases for a user."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return of_range({line: installed(Requirement(line).name) for line in project["dependencies"]})
 
 
 def of_range(found: dict[str, str | None]) -> Row:
-    """The row of what pyproject.toml asks for, and of the versions that are there."""
+    """Return the row for pyproject.toml's requirements and the installed versions."""
     outside = [
         f"{there or 'nothing'} for {line}"
         for line, there in found.items()
@@ -273,7 +273,7 @@ def of_range(found: dict[str, str | None]) -> Row:
 
 
 def moved() -> list[str]:
-    """What the environment has in another version than ci/constraints.txt pins."""
+    """List the installed versions that differ from the pins of ci/constraints.txt."""
     text = (ROOT / "ci" / "constraints.txt").read_text()
     found = []
     for line in text.splitlines():
@@ -284,7 +284,7 @@ def moved() -> list[str]:
 
 
 def rows() -> Iterator[Row]:
-    """All rows, as they are found."""
+    """Yield all rows, as they are found."""
     yield range_row()
     yield from compat_rows()
     yield from test_rows()

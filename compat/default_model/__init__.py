@@ -1,4 +1,4 @@
-"""The embedder that is used when no model is named: a small Mamba2 in `compat/default_model`."""
+"""The embedder that is used when no model is named: a small Mamba2 in this folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ WEIGHTS_LABEL = "trained on English documentation; its limits are in compat/defa
 
 
 def load_default_model(**kwargs: Any) -> SentenceTransformer:
-    """Load the default embedder: Mamba2, mean pooling, vectors of 256 numbers of norm 1.
+    """Load the default embedder: a Mamba2 with mean pooling and vectors of 256 numbers, of norm 1.
 
-    The caller's random numbers are not touched.
+    The state of the caller's random number generators does not change.
 
     Args:
         **kwargs: Passed on to `SentenceTransformer`, such as `device` or `model_kwargs`.

@@ -1,4 +1,4 @@
-"""The project's exceptions; sentence-transformers' own where it has them, under the same names."""
+"""The project's exceptions; where sentence-transformers has them itself, they are its classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ NATIVE = "sentence_transformers.base.vertical_chunks"
 
 
 def _home() -> str:
-    """The module that defines them; the library, which takes seconds to import, only if it does."""
+    """Return the name of the module that defines the exceptions.
+
+    Importing sentence-transformers takes seconds, so its files are looked at instead.
+    """
     package, *folders = NATIVE.split(".")
     spec = find_spec(package)
     places = (spec.submodule_search_locations if spec else None) or ()

@@ -1,4 +1,4 @@
-"""The project's exceptions: each says what was found, what is needed, and the remedy."""
+"""The project's exceptions: the message of each says what was found and needed, and the remedy."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class VerticalChunkingError(RuntimeError):
 
 
 class UnsupportedVersionError(VerticalChunkingError):
-    """An installed library is not what the hooks expect; nothing was patched."""
+    """Raised where an installed library is not what the hooks expect; nothing was patched."""
 
 
 class UnsupportedModelError(VerticalChunkingError):
-    """The model carries no recurrent state from chunk to chunk, or not exactly."""
+    """Raised where a model carries no recurrent state from chunk to chunk, or not exactly."""
 
 
 class UnsupportedPipelineError(VerticalChunkingError):
-    """A module, backend or setting of a SentenceTransformer cannot work on a stream of chunks."""
+    """Raised where a module, backend or setting of a model cannot work on a stream of chunks."""

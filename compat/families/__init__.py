@@ -1,6 +1,6 @@
-"""How each family of models carries its state, and which are supported.
+"""Model families: the way each carries its state, and the list of those supported.
 
-Other rooms use the modules of `__all__`; the others are the room's own.
+Other rooms use the modules in `__all__`; the remaining modules are private to this room.
 """
 
 __all__ = [

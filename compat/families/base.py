@@ -1,4 +1,4 @@
-"""How a model carries its state from one vertical chunk to the next: what most families need."""
+"""Carry a model's state from one vertical chunk to the next, in the way that most families need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Family:
     Families that differ have a subclass in a module of their own.
 
     Attributes:
-        grows: Whether attention layers keep keys and values of the whole text beside the state.
+        grows: True where attention layers keep keys and values of the whole text beside the state.
     """
 
     grows: bool
@@ -34,7 +34,7 @@ class Family:
             backbone: The model without its head.
             input_ids: (batch, chunk) int64, without padding before any token.
             start: How many tokens of the text came before the chunk.
-            state: What the chunk before gave; None for the first.
+            state: The state that the previous chunk returned; None for the first chunk.
 
         Returns:
             The last hidden state, (batch, chunk, hidden_size), and the state after the chunk.
@@ -47,7 +47,7 @@ class Family:
         if "position_ids" in parameters(forward):
             positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
             extra["position_ids"] = positions.expand(len(input_ids), -1)
-        # A kernel for single tokens may write where none can see it, and so may compiled code.
+        # A kernel for single tokens may write in place without a trace, and so may compiled code.
         seen = input_ids.shape[1] > 1 and not torch.compiler.is_compiling()
         before = _states(state) if seen else []
         output = backbone(input_ids=input_ids, use_cache=True, return_dict=True, **extra)
@@ -55,8 +55,8 @@ class Family:
         return output.last_hidden_state, state_of(output)
 
     def select_rows(self, state: Any, rows: Tensor) -> Any:
-        """The state of some rows of the batch; rows is (n,) int64."""
-        if isinstance(state, list):  # Tensors without a cache around them.
+        """Return the state of some rows of the batch; rows is (n,) int64."""
+        if isinstance(state, list):  # A list holds tensors without a cache around them.
             return [part[rows] for part in state]
         state.reorder_cache(rows)
         return state
@@ -67,7 +67,7 @@ _State = tuple[Tensor, int, Tensor]
 
 
 def _states(cache: Any) -> list[list[_State]]:
-    """The states of the recurrent layers in a cache."""
+    """Return the states of the recurrent layers in a cache."""
     found = []
     for layer in getattr(cache, "layers", ()):
         held: list[Any] = [getattr(layer, name, ()) for name in ("conv_states", "recurrent_states")]
@@ -83,7 +83,7 @@ def _seen(part: Tensor) -> _State:
 def _require_written(
     backbone: PreTrainedModel, before: list[list[_State]], after: list[list[_State]]
 ) -> None:
-    """Raise where a layer that had a state has given none, whatever the cause."""
+    """Raise where a layer that had a state has returned none, whatever the cause."""
     for index, (old, new) in enumerate(zip(before, after, strict=False)):
         if old and all(map(_is_same, old, new)):
             raise UnsupportedModelError(

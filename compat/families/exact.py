@@ -1,10 +1,10 @@
-"""Whether a model continues exactly from its state: it is asked, by one pass and by chunks.
+"""Check that a model continues exactly from its state: run it in one pass and in chunks.
 
-No signature says what upstream changes beneath it. So when a model is first read in chunks, the
-tiny model of its class is run both ways, once for each class and kind of device. The model in hand
-is run instead, with 20 tokens, where the tiny one does not stand for it: where its class or that of
-a layer is not transformers' or torch's own, where a module has a forward of its own or weights of
-another kind, or where no tiny model can be made.
+No signature tells what upstream has changed beneath it. So when a model is first read in chunks,
+the tiny model of its class is run both ways, once for each class and kind of device. In three cases
+the tiny model does not stand for the model in hand, which is then run itself, with 20 tokens: its
+class or that of a layer is not transformers' or torch's own; a module has a forward of its own or
+weights of another kind; or no tiny model can be made.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from compat.families import tiny_models
 from compat.families.base import Family
 from compat.installed.behaviour import in_eval_mode, shielded
 
-# One row ends with the second chunk, so that rows are selected. 20 tokens are more than the inner
-# chunks and windows of the tiny models.
+# One row ends with the second chunk, so that row selection is exercised. The 20 tokens are more
+# than the inner chunks and windows of the tiny models.
 _CHUNKS = ((0, 9), (9, 11), (11, 20))
 _LENGTHS = (20, 11)
 
-# In float32 on a CPU, of the largest hidden state. Sums are taken in another order when a text is
-# split, and weights of ten times the usual size amplify that: up to 3e-6 was measured. A lost state
-# costs 1e-3 and more.
+# In float32 on a CPU, as a share of the largest hidden state. Splitting a text changes the order in
+# which sums are taken, and weights of ten times the usual size amplify that: up to 3e-6 was
+# measured. A lost state costs 1e-3 and more.
 _TOLERANCE = 3e-5
-# Elsewhere matrix products may be rounded to some 10 bits: of what it costs to begin each chunk
-# anew, in the mean.
+# On other devices matrix products may be rounded to some 10 bits. There the mean error is compared
+# with the mean error of a run that begins each chunk without its state.
 _SHARE = 0.25
 
-# Whose classes of modules are what the tiny models are made of.
+# The packages whose classes of modules the tiny models are made of.
 _OWN = ("torch", "transformers", "kernels")
 
 _lock = threading.RLock()
 _classes: dict[tuple[type, str, str], str] = {}
-# Each with what it was made of when it was asked.
+# For each model, the parts that it consisted of when it was checked, and the verdict.
 _models: weakref.WeakKeyDictionary[PreTrainedModel, tuple[object, str]]
 _models = weakref.WeakKeyDictionary()
 
 
 class _Errors(NamedTuple):
-    """How far chunks are from one pass, as a share of the largest hidden state.
+    """The distance of chunks from one pass, as a share of the largest hidden state.
 
     Attributes:
         largest: Over all tokens.
@@ -67,7 +67,8 @@ def require_exact(backbone: PreTrainedModel, family: Family) -> None:
         family: How its state is carried.
 
     Raises:
-        UnsupportedModelError: It does not; the message has the difference, or what was raised.
+        UnsupportedModelError: The outputs differ, or the model raises; the message
+            has the difference or the error.
     """
     _require_independence(backbone)
     key = (type(backbone), backbone.device.type, ops.backend())
@@ -83,14 +84,14 @@ def require_exact(backbone: PreTrainedModel, family: Family) -> None:
         installed = f"transformers {transformers.__version__}"
         raise UnsupportedModelError(
             f"{type(backbone).__name__} with {installed}, which {reason}",
-            "a model that gives in chunks what it gives in one pass",
+            "a model that gives the same in chunks as in one pass",
             "encode it without vertical_chunk_size, or try another release: pip install "
             '"transformers>=5.15,<=5.24"',
         )
 
 
 def asked() -> dict[str, str]:
-    """The classes of which a model was asked: empty where it is exact in chunks, else why not."""
+    """Return the verdict on each class or model checked: empty where it is exact, else why not."""
     found = {cls.__name__: reason for (cls, *_), reason in _classes.items()}
     return found | {type(model).__name__: reason for model, (_, reason) in _models.items()}
 
@@ -115,7 +116,7 @@ def _parts(backbone: PreTrainedModel) -> tuple[object, ...]:
 
 
 def _is_own(backbone: PreTrainedModel) -> bool:
-    """Whether the tiny model of its class stands for a model, whatever was done to the model."""
+    """Return whether the tiny model of its class stands for this model, whatever was done to it."""
     modules = all(
         type(m).__module__.partition(".")[0] in _OWN and "forward" not in vars(m)
         for m in backbone.modules()
@@ -124,11 +125,11 @@ def _is_own(backbone: PreTrainedModel) -> bool:
 
 
 def _require_independence(backbone: PreTrainedModel) -> None:
-    """Raise where what a token gives depends on the tokens that are run with it."""
+    """Raise where the output of a token depends on the tokens that are run with it."""
     for name, module in backbone.named_modules():
         kind = type(module)
         scaled = kind.__module__.startswith("torch.ao.nn.quantized.dynamic")
-        if scaled or kind.__name__ == "Linear8bitLt":  # Of bitsandbytes: LLM.int8().
+        if scaled or kind.__name__ == "Linear8bitLt":  # LLM.int8() of bitsandbytes.
             raise UnsupportedModelError(
                 f"a {type(backbone).__name__} whose {name} is a {kind.__module__}.{kind.__name__}, "
                 "which scales its inputs over all that runs together",
@@ -139,18 +140,18 @@ def _require_independence(backbone: PreTrainedModel) -> None:
 
 
 def _tiny_of(backbone: PreTrainedModel) -> PreTrainedModel | None:
-    """The tiny model of a model's class, on its device; None where there is none."""
+    """Return the tiny model of a model's class, on its device; None where there is none."""
     try:
         with shielded():
             tiny: Any = tiny_models.build(tiny_models.config(backbone.config.model_type))
             tiny = tiny.to(backbone.device)
-    except Exception:  # A release whose configuration takes other values: any error.
+    except Exception:  # A release may take other configuration values, and raise anything.
         return None
     return tiny if type(tiny) is type(backbone) else None
 
 
 def _why_not(model: PreTrainedModel, family: Family) -> str:
-    """In which way a model is not exact in chunks; empty where it is."""
+    """Say in which way a model is not exact in chunks; empty where it is."""
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     with shielded(), device, in_eval_mode(model):
         vocabulary = cast(Any, model.get_input_embeddings()).weight.shape[0]
@@ -160,7 +161,7 @@ def _why_not(model: PreTrainedModel, family: Family) -> str:
         ids = ids.to(device)
         try:
             whole = _in_one_pass(model, ids)
-        except Exception:  # It cannot be run at all, here: nothing to be held to.
+        except Exception:  # The model cannot be run here at all, so nothing can be compared.
             return ""
         try:
             found = _errors(_in_chunks(model, family, ids), whole)
@@ -178,7 +179,7 @@ def _why_not(model: PreTrainedModel, family: Family) -> str:
 
 
 def _in_one_pass(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    """Each row alone, by the released code."""
+    """Run each row alone, by the released code."""
     with ops.using("released"):
         return [
             model(input_ids=row[None, :n], use_cache=False, return_dict=True).last_hidden_state[0]
@@ -189,7 +190,7 @@ def _in_one_pass(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 def _in_chunks(
     model: PreTrainedModel, family: Family, ids: Tensor, forgetful: bool = False
 ) -> list[Tensor]:
-    """All rows together, as the chunk loop does; or each chunk without its state."""
+    """Run all rows together, as the chunk loop does; if `forgetful`, each chunk without a state."""
     pieces: list[list[Tensor]] = [[] for _ in _LENGTHS]
     rows, state = list(range(len(_LENGTHS))), None
     for start, end in _CHUNKS:

@@ -1,7 +1,7 @@
-"""flash-linear-attention: models of its own, also of names that transformers has for others.
+"""flash-linear-attention: models of its own, some under names that transformers uses for others.
 
-As of fla 0.5.2 and 0.6.0 the recurrent ones continue from `past_key_values`, and keep the recurrent
-state in float32. Their cache cannot pick rows of a batch; `Fla` does that.
+As of fla 0.5.2 and 0.6.0 its recurrent models continue from `past_key_values`, and keep the
+recurrent state in float32. Their cache cannot select rows of a batch, so `Fla` does that.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ class Fla(Family):
     """A recurrent model of `fla.models`."""
 
     def select_rows(self, state: Any, rows: Tensor) -> Any:
-        """The state of some rows."""
+        """Return the state of some rows; rows is (n,) int64."""
         for layer in state.layers:
             layer.state = _select(layer.state, rows)
         return state
 
 
-# Model types that were measured to continue exactly.
+# Model types that were measured to continue exactly from their state.
 FAMILIES: dict[str, Family] = dict.fromkeys(
     [
         "comba",
@@ -45,7 +45,7 @@ FAMILIES: dict[str, Family] = dict.fromkeys(
 )
 
 _ELSE = "encode it without vertical_chunk_size"
-# Recurrent ones that do not, why, and the remedy.
+# Recurrent model types that do not continue exactly: the reason, and the remedy.
 REFUSED = {
     "mamba": (
         "takes one new token at a time from its cache",
@@ -54,7 +54,7 @@ REFUSED = {
     "mamba2": (
         "takes one new token at a time from its cache",
         "load the same weights with transformers.Mamba2Model.from_pretrained(..., "
-        "rescale_prenorm_residual=False)",  # Else they are rescaled: transformers 5.23.0.
+        "rescale_prenorm_residual=False)",  # Else transformers 5.23.0 rescales them.
     ),
     "lightnet": ("normalises a chunk from its cache as if it were one token", _ELSE),
     "mom": ("gives other hidden states from its cache than in one pass", _ELSE),
@@ -62,15 +62,15 @@ REFUSED = {
 
 
 def is_fla(model: object) -> bool:
-    """Whether a model's class comes from fla; does not import the package."""
+    """Return whether a model's class comes from fla, without importing the package."""
     return any(cls.__module__.startswith("fla.") for cls in type(model).__mro__)
 
 
 def family_of(backbone: Any) -> Family:
-    """The way in which a model of fla carries its state.
+    """Return the way in which a model of fla carries its state.
 
     Raises:
-        UnsupportedModelError: It is not known to continue exactly from a state.
+        UnsupportedModelError: The model is not known to continue exactly from a state.
     """
     model_type = backbone.config.model_type
     found = f"{type(backbone).__name__} of flash-linear-attention"

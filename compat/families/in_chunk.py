@@ -1,4 +1,4 @@
-"""Which mixers run on the ops in place of the released code, and while what goes through them."""
+"""Choose the mixers that run on the ops instead of the released code while a chunk is run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _in_chunk: ContextVar[bool] = ContextVar("compat_in_chunk", default=False)
 
 @contextmanager
 def in_chunk() -> Iterator[None]:
-    """While one of our chunks goes through a model."""
+    """Mark this context as running a chunk of compat's, for the length of a `with` block."""
     token = _in_chunk.set(True)
     try:
         yield
@@ -25,18 +25,19 @@ def in_chunk() -> Iterator[None]:
 
 
 def is_in_chunk() -> bool:
-    """Whether it is one of our chunks that goes through: a state may be that of `generate`.
+    """Return True while the chunk loop runs the model.
 
-    The tokens that it makes must not change.
+    A state in the cache may also come from `generate`, and the tokens that it makes must not
+    change.
     """
     return _in_chunk.get()
 
 
 def replace_released(tensor: Tensor) -> bool:
-    """Whether a mixer that is given this tensor runs on the ops, not on its own torch code.
+    """Return whether a mixer that is given this tensor runs on the ops, not on its own torch code.
 
-    On a CPU, without gradients, in eager mode and in the model's own dtypes; elsewhere the released
-    code is left alone.
+    It does on a CPU, without gradients, in eager mode and in the model's own dtypes. Everywhere
+    else the released code is left alone.
     """
     return (
         ops.backend() != "released"

@@ -1,4 +1,4 @@
-"""The registry: which model types are read in vertical chunks, and how their state is carried."""
+"""The registry: the model types that are read in vertical chunks, and how each carries a state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compat.families.xlstm import XLstm
 from compat.installed.patches import Held
 from compat.ops.waiting import wait_asleep
 
-# Model types that need more than the names of their state; the others are those of transformers.
+# Model types that need more than the name of their state. The rest have an entry in `supported`.
 _CLASSES: dict[str, type[Family]] = {
     "bamba": Mamba2,
     "falcon_mamba": Mamba,
@@ -44,12 +44,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_patches() -> list[Held]:
-    """The patches of all families that need one; the chunk loop holds them by itself."""
+    """Return the patches of all families that need one; the chunk loop holds them by itself."""
     return [*mamba1.PATCHED.values(), rwkv4.PATCHED, xlstm.PATCHED]
 
 
 def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
-    """The model without its head and wrappers, and the way its state is carried.
+    """Return the model without its head and wrappers, and the way its state is carried.
 
     Raises:
         UnsupportedModelError: The model is not a transformers model, its type is not one that is
@@ -59,7 +59,7 @@ def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
     model = unwrapped(model)
     if xlstm_large.is_xlstm_large(model):
         return model, xlstm_large.family_of(model)
-    # Before the registry: fla has models of the same names.
+    # This comes before the registry, because fla has models of the same names.
     if isinstance(model, PreTrainedModel) and fla.is_fla(model.base_model):
         backbone = cast(PreTrainedModel, model.base_model)
         return backbone, fla.family_of(backbone)
@@ -71,7 +71,7 @@ def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
 
 
 def supported_models_table() -> str:
-    """The registry as a table: one line for each model type, the supported ones first."""
+    """Return the registry as a table: a line for each model type, the supported ones first."""
     families = FAMILIES | {f"{name} (fla)": family for name, family in fla.FAMILIES.items()}
     refused = {f"{name} (fla)": reason for name, (reason, _) in fla.REFUSED.items()}
     lines = {

@@ -1,16 +1,16 @@
-"""Mamba-1: a scan that begins from a state, around a scan that can only begin from zero.
+"""Mamba-1: a scan that begins from a state, built around a scan that can only begin from zero.
 
 The recurrence h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t (arXiv 2312.00752, equation 2 discretised as
-in section 3.3) is linear in its initial state. So the released scan, kernel or torch, is left as it
-is, and what the initial state h_0 adds is put on top:
+in section 3.3) is linear in its initial state. So the released scan, kernel or torch, is run as it
+is, and the contribution of the initial state h_0 is added to its results:
 
     y_t += C_t . exp(A sum_{s<=t} dt_s) h_0,    last state += exp(A sum_s dt_s) h_0
 
-with the gate applied to it. That is what a chunk of several tokens lacks in transformers 5.24.0.
+The gate is applied to that contribution. In transformers 5.24.0 a chunk of several tokens lacks it.
 
-On a CPU, where no gradient is recorded, the released scan is a loop over tokens; there the scan of
-`compat.ops.mamba1` takes its place, which begins from the state directly. Both hold for the scan
-that is installed if they hold when it is run on tiny inputs.
+On a CPU, where no gradient is recorded, the released scan is a loop over tokens. There the scan of
+`compat.ops.mamba1`, which begins from the state directly, takes its place. Either replacement is
+used only if it agrees with the installed scan when both are run on tiny inputs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from compat.installed.recurrent_cache import modeling, parameters
 from compat.ops import using
 from compat.ops.mamba1 import selective_scan_fn
 
-# The model types, and the class whose forward makes the scan, in transformers.models.
+# The model types, and the class in transformers.models whose forward calls the scan.
 MIXERS = {
     "mamba": "MambaMixer",
     "falcon_mamba": "FalconMambaMixer",
@@ -46,7 +46,7 @@ MIXERS = {
     "zamba": "ZambaMambaMixer",
 }
 _SCAN = "mamba_selective_scan"
-# What a released scan takes, and how `selective_scan_fn` calls it.
+# The arguments of a released scan, and the names that `selective_scan_fn` has for them.
 _ARGUMENTS = {
     "hidden_states": "u",
     "dt": "delta",
@@ -59,18 +59,17 @@ _ARGUMENTS = {
     "delta_softplus": "delta_softplus",
     "return_last_state": "return_last_state",
 }
-# What chooses among transformers' own scans.
+# Arguments that choose among transformers' own scans.
 _CHOICES = {"use_mambapy", "use_associative_scan"}
 
 
 class _Scans(NamedTuple):
-    """What the scans of the mixer that is running are to do.
+    """Instructions for the scans of the mixer that is running.
 
     Attributes:
         mixer: The mixer.
-        states: For each scan, of which zamba has one for each head, where it begins; None for
-            zeros.
-        on_ops: Whether `compat.ops` does them, where the released scan is the same.
+        states: The initial state of each scan; None for zeros. zamba has a scan for each head.
+        on_ops: True where `compat.ops` may do the scans, if the released scan computes the same.
     """
 
     mixer: Any
@@ -79,12 +78,12 @@ class _Scans(NamedTuple):
 
 
 _scans: ContextVar[_Scans | None] = ContextVar("compat_mamba_scans", default=None)
-# The mixers of the chunk that is run whose scans were told where they begin.
+# The mixers, in the chunk that is being run, whose scans were given their initial state.
 _begun: ContextVar[set[Any] | None] = ContextVar("compat_mamba_begun", default=None)
 
 
 class Mamba(Family):
-    """Mamba-1 models, whose mixers are patched while a chunk goes through."""
+    """Mamba-1 models, whose mixers are patched while a chunk is run."""
 
     def forward(
         self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
@@ -92,7 +91,7 @@ class Mamba(Family):
         """Run one chunk; see `Family.forward`.
 
         Raises:
-            UnsupportedModelError: A layer has not begun from its state.
+            UnsupportedModelError: A layer did not begin from its state.
         """
         held = PATCHED[backbone.config.model_type]
         with held, in_chunk(), ExitStack() as stack:
@@ -105,7 +104,7 @@ class Mamba(Family):
                     _hook(mixer, stack)
             begun: set[Any] = set()
             stack.callback(_begun.reset, _begun.set(begun))
-            # A single token takes another path, which begins from the state as it is released.
+            # A single token takes another path, which begins from the state in the release already.
             wanted = {m for m in mixers if input_ids.shape[1] > 1 and _has_state(m, state)}
             output = super().forward(backbone, input_ids, start, state)
         if missed := sorted(mixer.layer_idx for mixer in wanted - begun):
@@ -119,7 +118,7 @@ class Mamba(Family):
 
 
 def _mixers(backbone: PreTrainedModel) -> list[Any]:
-    """The mixers of a model, whatever stands in front of their forward."""
+    """Return the mixers of a model, whatever replaced their forward."""
     name = MIXERS[str(backbone.config.model_type)]
     return [m for m in backbone.modules() if any(c.__name__ == name for c in type(m).__mro__)]
 
@@ -129,9 +128,9 @@ def _has_state(mixer: Any, cache: Any) -> bool:
 
 
 def _hook(mixer: Any, stack: ExitStack) -> None:
-    """Tell the scans of a mixer where they begin, though its class's forward may not be reached.
+    """Tell the scans of a mixer where they begin, even if its class's forward is not reached.
 
-    accelerate keeps the forward that it found, and puts its own before it.
+    That happens with accelerate, which keeps the forward that it found and calls it from its own.
     """
 
     def before(mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -184,7 +183,7 @@ def with_initial_state(scan: Callable[..., Any]) -> Callable[..., Any]:
 def _continued(
     scan: Callable[..., Any], state: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
-    """A released scan, and on top of what it gives from zeros what the state adds."""
+    """Run a released scan from zeros, and add the contribution of the state to its results."""
     given = arguments(scan, args, kwargs)
     output, last = scan(*args, **kwargs)
     bias, softplus_ = given.get("delta_bias"), given.get("delta_softplus", False)
@@ -211,7 +210,7 @@ def differs(scan: Callable[..., Any]) -> str:
 
 @functools.cache
 def _is_not_linear(scan: Callable[..., Any]) -> str:
-    """Say why what a state adds cannot be put on top of a released scan; empty where it can."""
+    """Say why a state's contribution cannot be added to a released scan; empty where it can."""
 
     def check(scan: Callable[..., Any]) -> None:
         given = _tiny_inputs()
@@ -230,7 +229,7 @@ def _is_not_linear(scan: Callable[..., Any]) -> str:
 
 
 def _tiny_inputs() -> dict[str, Any]:
-    """What a scan may be given, by the names of a released one."""
+    """Return tiny arguments for a scan, under the names of a released one."""
     batch, dim, dstate, seqlen = 2, 5, 3, 9
     draw = Draw()
     return {
@@ -250,7 +249,7 @@ def _tiny_inputs() -> dict[str, Any]:
 def _contribution(
     state: Tensor, dt: Tensor, A: Tensor, C: Tensor, bias: Tensor | None, use_softplus: bool
 ) -> tuple[Tensor, Tensor]:
-    """What an initial state adds to the outputs before the gate, and to the last state.
+    """Return the contribution of an initial state to the outputs before the gate and to the state.
 
     Args:
         state: (batch, dim, dstate) float32.
@@ -264,15 +263,15 @@ def _contribution(
         (batch, dim, seqlen) and (batch, dim, dstate), both float32.
     """
     if find_spec("mamba_ssm") is not None:
-        dt = dt.float()  # The kernel's arithmetic; transformers' own rounds to the model's dtype.
+        dt = dt.float()  # As in the kernel; transformers' own scan rounds to the model's dtype.
     if bias is not None:
         dt = dt + bias.to(dt.dtype)[:, None]
     if use_softplus:
         dt = softplus(dt)
     total = dt.float().cumsum(-1)
     added = torch.zeros_like(total)
-    # One state dimension at a time: (batch, dim, seqlen, dstate) would be the largest tensor of
-    # the model.
+    # One state dimension is done at a time, as (batch, dim, seqlen, dstate) would be the largest
+    # tensor of the model.
     for n in range(A.shape[-1]):
         decay = torch.exp(total * A[:, n, None])
         added.addcmul_(decay * state[..., n, None], C[:, None, n].float())
@@ -282,7 +281,7 @@ def _contribution(
 def _forward_with_state(model_type: str, forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def mixer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A model that was loaded meanwhile may keep this function when nobody holds it any more.
+        # A model that is loaded meanwhile may keep this function after the last holder has let go.
         if torch.compiler.is_compiling() or not PATCHED[model_type].patched:
             return forward(self, *args, **kwargs)
         if (scans := _scans_of(self, forward, args, kwargs)) is None:
@@ -299,7 +298,7 @@ def _forward_with_state(model_type: str, forward: Callable[..., Any]) -> Callabl
 def _scans_of(
     mixer: Any, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> _Scans | None:
-    """What the scans of a mixer are to do in a call; None where it is the released code's."""
+    """Return the instructions for a mixer's scans in a call; None where the release serves."""
     inputs, cache, others = MixerCall.read(forward, mixer, args, kwargs)
     known = isinstance(inputs, Tensor) and hasattr(mixer, "layer_idx")
     if not known or others.keys() - {"attention_mask"}:
@@ -312,13 +311,13 @@ def _scans_of(
         return None
     if state is None:
         return _Scans(mixer, itertools.repeat(None), on_ops)
-    # zamba scans head by head: (batch, heads, dim, dstate).
+    # zamba scans head by head, and its state is (batch, heads, dim, dstate).
     states = [state.clone()] if state.ndim == 3 else state.clone().unbind(1)
     return _Scans(mixer, iter(states), on_ops)
 
 
 def _recurrent_state(cache: Any, layer_idx: int) -> Tensor | None:
-    """The state that a layer has in the cache; None before its first chunk, and in another cache.
+    """Return a layer's state in the cache; None before its first chunk, and in another cache.
 
     `get_recurrent_state` came with transformers 5.21.
     """
@@ -335,16 +334,16 @@ def _recurrent_state(cache: Any, layer_idx: int) -> Tensor | None:
 
 
 def _is_slow(mixer: Any, hidden_states: Tensor) -> bool:
-    """Whether the mixer's own scan would be a loop in torch, without gradients, on a CPU."""
+    """Return whether the mixer's own scan would be a loop in torch, without gradients, on a CPU."""
     return (
         replace_released(hidden_states)
         and find_spec("mamba_ssm") is None
-        and not hub_kernels.is_used(mixer)  # Somebody has asked for it.
+        and not hub_kernels.is_used(mixer)  # A user asked for that kernel.
     )
 
 
 def plan(model_type: str) -> list[Patch]:
-    """What to patch in transformers for one of `MIXERS`; nothing where its scan takes a state.
+    """List the patches of transformers for one of `MIXERS`; none where its scan takes a state.
 
     Raises:
         UnsupportedVersionError: The model's module is not what the patches expect.
@@ -370,11 +369,11 @@ def plan(model_type: str) -> list[Patch]:
 
 
 def on_cpu(model_type: str) -> str | None:
-    """Say why the scan of one of `MIXERS` is not done by `compat.ops` on a CPU.
+    """Say why `compat.ops` does not do the scan of one of `MIXERS` on a CPU.
 
     Returns:
-        Empty where it is; None where the installed transformers has no such model, or a scan that
-        takes a state.
+        The reason; empty where `compat.ops` does it; None where the installed transformers has no
+        such model, or a scan that takes a state.
     """
     try:
         if not plan(model_type):

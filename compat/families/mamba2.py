@@ -2,14 +2,14 @@
 
 As of transformers 5.24.0 a mixer that continues from its cache copies the convolution's state and
 the whole chunk into a new tensor for the convolution, and does the gated norm in plain torch, in
-float32. Here the convolution is given its initial state as one, and the norm is a kernel too. The
-numbers are the same but for a rounding less: that of the normed values before the norm's weight,
-and on a CPU those of dt, of the convolution and of its SiLU.
+float32. The fused path passes the state to the convolution as an argument, and runs the norm as a
+kernel too. The results are equal except for roundings that it leaves out: that of the normed values
+before the norm's weight, and on a CPU those of dt, of the convolution and of its SiLU.
 
-A chunk from the cache takes it; on a CPU, while `full_passes` is on, so does a pass without a
-cache. A mixer is taken for what the fast path computes when both give the same on tiny weights;
-where only its scan does, that alone is replaced. Where something is not known to be exact, the
-released forward runs.
+A chunk that continues from the cache takes the fused path. On a CPU, while `full_passes` is on, so
+does a pass without a cache. A mixer is replaced if it gives the same results as the fused path on
+tiny weights; if only its scan does, the scan alone is replaced. Where a call is not known to be
+exact, the released forward runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from compat.installed.patches import Held, MixerCall, Patch, Patches, arguments,
 from compat.installed.recurrent_cache import modeling, parameters
 from compat.ops.mamba2_scan import mamba_chunk_scan_combined
 
-# The model types, and the class of their mixers, in transformers.models.
+# The model types, and the class of their mixers in transformers.models.
 MIXERS = {
     "bamba": "BambaMixer",
     "granitemoehybrid": "GraniteMoeHybridMambaLayer",
@@ -49,21 +49,21 @@ _SCAN = "mamba2_chunk_scan"
 _UNUSED = {"position_embeddings"}
 _OF_SCAN = set(inspect.signature(mamba_chunk_scan_combined).parameters) - {"x"} | {"hidden_states"}
 
-# With which a transformers has the fused path in inference itself.
+# The configuration setting of a transformers that has the fused path in inference itself.
 SETTING = "use_fused_scan"
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NORM_BYTES = 65536  # A group of channels must fit into one block of the norm's kernel.
 
 
-# Whether a pass without a cache is served too, on a CPU.
+# True while a pass without a cache is served too, on a CPU.
 _full_passes = False
-# Whether the scan of the mixer that is running is to be that of `compat.ops`.
+# True where the running mixer's scan is to be done by `compat.ops`.
 _scan_on_ops: ContextVar[bool] = ContextVar("compat_mamba2_scan_on_ops", default=False)
 
 
 class Mamba2(Family):
-    """Models of Mamba2 mixers, which are patched while a chunk goes through."""
+    """Models of Mamba2 mixers, which are patched while a chunk is run."""
 
     def forward(
         self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
@@ -76,19 +76,19 @@ class Mamba2(Family):
 
 
 def _has_kernels(tensor: Tensor) -> bool:
-    """Whether the kernels run where a tensor is; replaced by tests."""
+    """Return whether the kernels run on a tensor's device; tests replace this function."""
     return tensor.is_cuda
 
 
 def is_native(model_type: str) -> bool:
-    """Whether the installed transformers has the fused path itself, for one of `MIXERS`."""
+    """Return whether the installed transformers has the fused path itself, for one of `MIXERS`."""
     return model_type in CONFIG_MAPPING and hasattr(CONFIG_MAPPING[model_type], SETTING)
 
 
 def plan(model_type: str) -> list[Patch]:
-    """What to patch in transformers for one of `MIXERS`; nothing where it has the path itself.
+    """List the patches of transformers for one of `MIXERS`; none where it has the path itself.
 
-    Whether a mixer, or its scan, is what the fast path computes is asked when it is first run.
+    A mixer or its scan is compared with the fused path when it is first run, not here.
     """
     module, mixer = _mixer_of(model_type)
     if mixer is None:
@@ -103,8 +103,8 @@ def on_cpu(model_type: str) -> str | None:
     """Say why the mixers of one of `MIXERS` are not served on a CPU, or only their scan is.
 
     Returns:
-        Empty where they are served; None where the installed transformers has no such mixers, or
-        has the path itself.
+        The reason; empty where the mixers are served; None where the installed transformers has no
+        such mixers, or has the fused path itself.
     """
     module, mixer = _mixer_of(model_type)
     if mixer is None:
@@ -119,14 +119,14 @@ def on_cpu(model_type: str) -> str | None:
 
 
 def _mixer_of(model_type: str) -> tuple[Any, Any]:
-    """The module of one of `MIXERS`, and the mixers' class; None where they are not served."""
+    """Return the module of one of `MIXERS`, and its mixer class; None where it is not served."""
     module = modeling(model_type)
     served = module is not None and not is_native(model_type)
     return module, getattr(module, MIXERS[model_type], None) if served else None
 
 
 def _scan_of(module: Any) -> Any:
-    """A module's scan; None where it has another one, or one that `kernels` made an object of."""
+    """Return a module's scan; None where it has another, or one that `kernels` made an object."""
     scan = getattr(module, _SCAN, None)
     return scan if inspect.isfunction(scan) and "hidden_states" in parameters(scan) else None
 
@@ -145,7 +145,7 @@ def full_passes() -> Iterator[None]:
         yield
 
 
-@functools.cache  # One object for each forward, whatever watches it: torch.compile does.
+@functools.cache  # One object for each forward, as torch.compile watches it.
 def _with_fused_path(
     model_type: str, mixer_class: Any, forward: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -173,7 +173,7 @@ def _with_fused_path(
 
 
 def _is_served(call: MixerCall) -> bool:
-    """Whether a call of a mixer is one that may take the fused path."""
+    """Return whether a call of a mixer may take the fused path."""
     known = not call.others.keys() - _UNUSED - {"attention_mask"}
     if not known or not isinstance(call.inputs, Tensor):
         return False
@@ -197,7 +197,7 @@ def _with_fast_scan(scan: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _on_torch(mixer: Any, inputs: Tensor, cache: Any, seq_idx: Tensor | None) -> Any:
-    """Run the fast path as the probe asks for it."""
+    """Run the fused path in plain torch, in the form that the probe calls."""
     if not _is_exact(mixer, inputs):
         raise Differs("its convolution or its norm is another")
     run = portable if seq_idx is None else functools.partial(portable, seq_idx=seq_idx)
@@ -205,12 +205,12 @@ def _on_torch(mixer: Any, inputs: Tensor, cache: Any, seq_idx: Tensor | None) ->
 
 
 def _run_for(mixer: Any, call: MixerCall) -> Run | None:
-    """What a mixer runs on in a call that may be served; None for its own forward."""
+    """Return the function to run in a call that may be served; None for the mixer's own forward."""
     inputs, mask = call.inputs, call.others.get("attention_mask")
     on_ops = replace_released(inputs)
     run: Run | None = None
     if hub_kernels.is_used(mixer):
-        # Somebody has asked for them: theirs, or the released forward, which calls them too.
+        # A user asked for these kernels: use theirs, or the released forward, which calls them too.
         op = hub_kernels.fused_op(mixer)
         fits = not _has_kernels(inputs) or _suits_kernels(mixer, inputs)
         if op and fits and call.state is not None and mask is None:
@@ -227,10 +227,11 @@ def _run_for(mixer: Any, call: MixerCall) -> Run | None:
 
 
 def _seq_idx(mixer: Any, attention_mask: Tensor) -> Tensor | None:
-    """Zeros at tokens and -1 at padding, int32 (batch, seqlen), where that is the same thing.
+    """Return int32 (batch, seqlen), 0 at tokens and -1 at padding; None where that is inexact.
 
-    It is not between tokens, where the state goes on; and a projection that has a bias, or is more
-    than a projection, gives the released convolution inputs at padding.
+    It is inexact where padding lies between tokens, because the state continues across it there. It
+    is also inexact where the projection has a bias, or is more than a plain projection, because
+    then the released convolution receives inputs at padding.
     """
     projection = mixer.in_proj
     plain = type(projection) is nn.Linear and projection.bias is None and _is_bare(projection)
@@ -242,7 +243,7 @@ def _seq_idx(mixer: Any, attention_mask: Tensor) -> Tensor | None:
 
 
 def _is_exact(mixer: Any, hidden_states: Tensor) -> bool:
-    """Whether the fused path does all that the mixer's own forward does with these inputs."""
+    """Return whether the fused path does all that the mixer's own forward does with the inputs."""
     norm = mixer.norm
     return (
         hidden_states.dtype in _DTYPES
@@ -257,12 +258,12 @@ def _is_exact(mixer: Any, hidden_states: Tensor) -> bool:
 
 
 def _suits_kernels(mixer: Any, hidden_states: Tensor) -> bool:
-    """Whether the kernels on a GPU take what the mixer has."""
+    """Return whether the kernels on a GPU support the mixer's sizes and settings."""
     return (
         _has_kernels(hidden_states)
         and not torch.is_grad_enabled()
         and mixer.conv_kernel_size <= 4
-        # The convolution reads 8 channels at a time, and its first one lies behind the gate's.
+        # The convolution reads 8 channels at a time, and its first channel lies behind the gate's.
         and mixer.conv_dim % 8 == 0
         and mixer.intermediate_size % 8 == 0
         and mixer.norm.group_size * hidden_states.element_size() <= _NORM_BYTES
@@ -270,19 +271,23 @@ def _suits_kernels(mixer: Any, hidden_states: Tensor) -> bool:
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """Whether nothing hangs on the call of a module, of which the kernels only take the weights."""
+    """Return whether a module has neither hooks nor a forward of its own.
+
+    Kernels only take its weights, so they would skip both.
+    """
     hooks = module._forward_hooks or module._forward_pre_hooks
     return not hooks and "forward" not in vars(module)
 
 
 def _continue(run: Run, mixer: Any, hidden_states: Tensor, cache: Any) -> Any:
-    """A mixer's forward from its states in the cache, and the states after it into the cache."""
+    """Run a mixer's forward from its states in the cache, and write the new states into it."""
     if cache is None:
         return mixer.out_proj(run(mixer, mixer.in_proj(hidden_states), None, None)[0])
     layer, width = mixer.layer_idx, mixer.conv_kernel_size
     conv_state = cache.get_conv_state(layer)
     if conv_state is not None:
-        # The cache keeps one column more than is needed; the kernel wants channels side by side.
+        # The cache keeps one column more than is needed, and the kernel wants channels side by
+        # side.
         conv_state = conv_state[..., 1 - width :].transpose(1, 2).contiguous().transpose(1, 2)
     projected = mixer.in_proj(hidden_states)
     output, ssm_state = run(mixer, projected, conv_state, cache.get_recurrent_state(layer))

@@ -1,4 +1,4 @@
-"""Mamba2's mixers on the kernels of causal-conv1d and mamba-ssm, whole or composed; on the ops."""
+"""Run Mamba2's mixers on the kernels of causal-conv1d and mamba-ssm, in one call or composed."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ conv_dim, width - 1) and the SSM state, or None for both; gives the gated and no
 
 @dataclass(frozen=True)
 class FusedPath:
-    """What the installed packages offer.
+    """The fused path that the installed packages offer.
 
     Attributes:
         run: The kernels as one function; None where transformers' own path is taken.
-        reason: What it is made of, or why it is not used.
+        reason: The packages that it is made of, or why it is not used.
     """
 
     run: Run | None
@@ -36,7 +36,7 @@ class FusedPath:
 
 @functools.cache
 def probe() -> FusedPath:
-    """Look at the installed causal-conv1d and mamba-ssm, which need not be there."""
+    """Look for a fused path in the installed causal-conv1d and mamba-ssm; either may be absent."""
     try:
         conv = _import("causal-conv1d", "causal_conv1d")
         ssd = _import("mamba-ssm", "mamba_ssm.ops.triton.ssd_combined")
@@ -92,7 +92,7 @@ def _named(distribution: str) -> str:
 
 
 def split(mixer: Any, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gate, the convolution's inputs, and the time steps, as views."""
+    """Return the gate, the convolution's inputs and the time steps, as views of the projection."""
     sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
     gate, inputs, dt = projected.split(sizes, dim=-1)
     return gate, inputs, dt
@@ -106,7 +106,10 @@ def whole(
     ssm_state: Tensor | None,
     **rows: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One call of mamba-ssm's op, where it takes a conv state; without out_proj, a module."""
+    """Run a mixer by one call of mamba-ssm's op, where that takes a conv state.
+
+    The op is not given out_proj, because that is a module, which may be more than its weights.
+    """
     output, final = op(
         projected,
         mixer.conv1d.weight.squeeze(1),
@@ -142,7 +145,7 @@ def _composed(
     conv_state: Tensor | None,
     ssm_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The same of three kernels, which released packages have."""
+    """Run a mixer as `whole` does, by the three kernels that released packages have."""
     gate, inputs, dt = split(mixer, projected)
     if inputs.stride(1) % 8:
         inputs = inputs.contiguous()  # The kernel loads 8 channels at a time.

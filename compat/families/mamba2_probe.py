@@ -1,4 +1,4 @@
-"""Whether a released Mamba2 mixer, or its scan, computes what the fast path does: both are run."""
+"""Run a released Mamba2 mixer, or its scan, beside the fused path, and compare their results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ Continue = Callable[..., Any]
 """The fast path: a mixer, its inputs, a cache or None, and seq_idx or None; gives the outputs."""
 
 
-# What a mixer's forward may read of it: what the fast path reads too, or what is of its shape.
+# Attributes that a mixer's forward may read: those that the fused path reads too, or that only
+# describe shapes.
 # fmt: off
 _KNOWN = frozenset([
     "A_log", "D", "act", "activation", "chunk_size", "conv1d", "conv_dim", "conv_kernel_size",
@@ -35,12 +36,12 @@ _KNOWN = frozenset([
 
 
 class Probed(NamedTuple):
-    """What was found of a class of mixers.
+    """The verdict on a class of mixers.
 
     Attributes:
-        reason: Why it is not what the fast path computes; empty where it is.
-        mixer: The one that was asked; None where none could be made.
-        read: What its forward reads of it beside what is known.
+        reason: Why it differs from the fused path; empty where it does not.
+        mixer: The instance that was compared; None where none could be made.
+        read: Attributes beyond the known ones that its forward reads.
     """
 
     reason: str
@@ -48,7 +49,7 @@ class Probed(NamedTuple):
     read: frozenset[str]
 
     def stands_for(self, mixer: Any) -> bool:
-        """Whether another instance differs from the one that was asked in what is known only."""
+        """Return whether an instance differs from the compared one in known attributes alone."""
         return all(
             _alike(getattr(self.mixer, name, None), getattr(mixer, name, None))
             for name in self.read
@@ -56,13 +57,13 @@ class Probed(NamedTuple):
 
 
 def _alike(asked: Any, other: Any) -> bool:
-    """Whether two attributes are of one class, and the same where they are no weights."""
+    """Return whether attributes are of one class, and equal unless they are weights or callable."""
     of_weights = isinstance(asked, nn.Module | Tensor)
     return type(asked) is type(other) and bool(of_weights or callable(asked) or asked == other)
 
 
 def _names(function: Any, owner: type) -> set[str]:
-    """The names in a function of a class, and in the methods of the class that it names."""
+    """Return the names in a function of a class, and in the methods of the class that it names."""
     code = getattr(innermost(function), "__code__", None)
     found = set(code.co_names) if code else set()
     for name in set(found):
@@ -75,13 +76,13 @@ def _names(function: Any, owner: type) -> set[str]:
 def of_mixer(
     model_type: str, mixer_class: type, forward: Callable[..., Any], run: Continue
 ) -> Probed:
-    """Ask whether a released mixer computes what the fast path does; once for each.
+    """Find out, once for each mixer class, whether it computes the same as the fused path.
 
     Args:
-        model_type: Whose tiny configuration the mixer is made with.
+        model_type: The model type whose tiny configuration the mixer is made with.
         mixer_class: The mixer's class.
         forward: Its released forward.
-        run: The fast path in plain torch.
+        run: The fused path in plain torch.
     """
     mixer: Any = None
 
@@ -125,7 +126,7 @@ def _compare_mixers(
     mask[1, :5] = 0
     real = mask.bool()
 
-    # Padding goes with a projection without a bias; the rest has one.
+    # Padding is tested on a projection without a bias, everything else on one with a bias.
     mixer.in_proj.bias = None
     name, state = parameters(forward)[1], state_argument(forward)
     masked = forward(mixer, **{name: x}, attention_mask=mask)

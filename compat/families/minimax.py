@@ -1,8 +1,8 @@
 """MiniMax: a cache that counts tokens where attention keeps them, and a state in float32.
 
-As of transformers 5.24.0 its cache asks layer 0 for the length of the text, which holds no keys
-where layer 0 is linear; it leaves the linear layers' state out when rows are selected; and those
-layers keep their state in the model's dtype.
+As of transformers 5.24.0 its cache asks layer 0 for the length of the text, but layer 0 holds no
+keys where it is linear. The cache also leaves out the linear layers' state when rows are selected,
+and those layers keep their state in the model's dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compat.families.base import Family
 
 
 class MiniMax(Family):
-    """MiniMax-01 of transformers, with a cache of ours."""
+    """MiniMax-01 of transformers, with a cache of compat's own."""
 
     def forward(
         self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
@@ -31,7 +31,7 @@ class MiniMax(Family):
             layer: Any
             for layer in backbone.modules():
                 if hasattr(layer, "qkv_proj") and hasattr(layer, "slope_rate"):
-                    # Between these two the layer computes in the dtype that it is given.
+                    # Between these two hooks the layer computes in the dtype that it is given.
                     hooks.enter_context(layer.qkv_proj.register_forward_hook(_widen))
                     hooks.enter_context(layer.out_proj.register_forward_pre_hook(_narrow))
             return super().forward(backbone, input_ids, start, state)
@@ -50,7 +50,7 @@ def _cache_class() -> type[Any]:
     module: Any = importlib.import_module("transformers.models.minimax.modeling_minimax")
     released: type[Any] = module.MiniMaxCache
     if "reorder_cache" in vars(released):
-        return released  # It counts and reorders by itself.
+        return released  # This release counts tokens and reorders rows by itself.
 
     class ChunkCache(released):  # type: ignore[misc]
         def _counting_layer(self, layer_idx: int) -> int:

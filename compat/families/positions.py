@@ -1,9 +1,10 @@
-"""Rotary embeddings whose base depends on the length of a call: settled for the whole text.
+"""Rotary embeddings whose base depends on the length of a call: use that of the whole text.
 
-With the types "dynamic" and "longrope" of transformers the base follows the largest position of a
-call, from the length on that the model was trained for. A chunk would be turned otherwise than the
-text that it belongs to. So while a chunk is run, the released code is asked for the chunk's
-positions and the last one of the text, row by row of another length, and the last is dropped.
+With the types "dynamic" and "longrope" of transformers, the base follows the largest position of a
+call, from the length on that the model was trained for. A chunk would be rotated in another way
+than the text that it belongs to. So while a chunk is run, the released code is given the chunk's
+positions and also the text's last one, whose result is dropped; this is done once for each length
+of text among the rows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from compat.errors import UnsupportedModelError
 
 @contextmanager
 def settled(backbone: PreTrainedModel, lengths: Tensor) -> Iterator[None]:
-    """Turn the positions of a chunk as those of the whole text are, in this thread.
+    """Rotate the positions of a chunk as those of the whole text are, in this thread.
 
     Args:
         backbone: The model without its head.
@@ -50,7 +51,7 @@ def settled(backbone: PreTrainedModel, lengths: Tensor) -> Iterator[None]:
     thread = threading.get_ident()
 
     def whole(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        # Another thread may run the same model meanwhile, on another text.
+        # Another thread may run the same model on another text meanwhile.
         if threading.get_ident() != thread:
             return output
         return _of_whole_text(module, args, kwargs, lengths)
@@ -72,7 +73,7 @@ def need_length(config: Any) -> bool:
 
 
 def _setting(config: Any, longest: int) -> tuple[str, str, int] | None:
-    """The setting's name, the type, and the length from which on it matters; None if it does not.
+    """Return the setting's name, its type, and the length where it begins to matter; else None.
 
     Some configurations have a setting for each type of layer, one level below.
     """
@@ -89,7 +90,7 @@ def _setting(config: Any, longest: int) -> tuple[str, str, int] | None:
 
 
 def _follows_length(rope_type: object) -> bool:
-    """Whether a module's or a configuration's type of rotary embeddings depends on the length."""
+    """Return whether a type of rotary embeddings, or one of several, depends on the length."""
     kinds = rope_type.values() if isinstance(rope_type, Mapping) else [rope_type]
     return any("dynamic" in str(kind) or kind == "longrope" for kind in kinds)
 
@@ -101,9 +102,9 @@ def _parameters(module: nn.Module) -> list[str]:
 def _of_whole_text(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: Tensor
 ) -> tuple[Tensor, ...]:
-    """The cosines and sines of a chunk, (batch, chunk, width) each.
+    """Return the cosines and sines of a chunk, (batch, chunk, width) each.
 
-    The module keeps the base of the longest text that it has met. So a copy of it is asked, which
+    The module keeps the base of the longest text that it has met. So a copy of it is called, which
     begins from the base of the training for each length.
     """
     given = dict(zip(_parameters(module), args, strict=False)) | kwargs
@@ -115,7 +116,7 @@ def _of_whole_text(
     for length in lengths.unique().tolist():
         ask(asked, **given | {"position_ids": torch.zeros_like(positions)})
         last = torch.full_like(positions[..., :1], length - 1)
-        # What stands beyond a row's end is padding.
+        # Positions beyond a row's end belong to padding.
         reached = torch.cat([positions.clamp(max=length - 1), last], -1)
         turned = [t[..., :-1, :] for t in ask(asked, **given | {"position_ids": reached})]
         own = (lengths == length)[:, None, None]

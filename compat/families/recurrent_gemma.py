@@ -1,8 +1,8 @@
-"""RecurrentGemma: the state, which lives on the modules, is set before a chunk and taken after it.
+"""RecurrentGemma: its state lives on the modules; set it before a chunk, read it after.
 
-As of transformers 5.24.0 the recurrent blocks keep their state as attributes, so that it leaks
-from one text into the next; a chunk of several tokens overwrites the convolution's state without
-reading it; and the model does not return its cache.
+As of transformers 5.24.0 the recurrent blocks keep their state as attributes, so that it leaks from
+one text into the next. A chunk of several tokens overwrites the convolution's state without reading
+it, and the model does not return its cache.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from compat.errors import UnsupportedVersionError
 from compat.families.base import Family
 from compat.installed.recurrent_cache import forward_of, state_argument
 
-# Two threads must not set the same module's state at once.
+# Two threads must not set the state of the same module at once.
 _lock = threading.RLock()
 
 
 @dataclass
 class _State:
-    """The attention layers' cache; each recurrent block's convolution and recurrent state."""
+    """The attention layers' cache, and each recurrent block's convolution and recurrent state."""
 
     cache: DynamicCache
     blocks: list[tuple[Tensor, Tensor]]
 
 
 class RecurrentGemma(Family):
-    """RecurrentGemma of transformers; its modules' own state is as it was after each chunk."""
+    """RecurrentGemma of transformers; after each chunk the modules have their own state back."""
 
     def forward(
         self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
@@ -75,7 +75,7 @@ class RecurrentGemma(Family):
         return output.last_hidden_state, state
 
     def select_rows(self, state: Any, rows: Tensor) -> Any:
-        """The state of some rows."""
+        """Return the state of some rows; rows is (n,) int64."""
         if not isinstance(state, _State):
             return super().select_rows(state, rows)
         state.cache = super().select_rows(state.cache, rows)
@@ -85,7 +85,7 @@ class RecurrentGemma(Family):
 
 def _zeros(block: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     batch, weight = len(input_ids), block.conv_1d.weight
-    # Weights that are loaded when they are used lie nowhere before.
+    # Offloaded weights, which are loaded when they are used, are on the meta device before.
     device = input_ids.device if weight.is_meta else weight.device
     conv = torch.zeros(batch, block.lru_width, block.conv1d_width - 1, dtype=weight.dtype)
     return conv.to(device), torch.zeros(batch, block.lru_width, device=device, dtype=torch.float32)
@@ -93,7 +93,7 @@ def _zeros(block: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _continued(block: Any, conv: Tensor, recurrent: Tensor) -> Iterator[Any]:
-    """Let a recurrent block begin from a state; yields what reads the state afterwards."""
+    """Let a recurrent block begin from a state; yield a function that returns the later state."""
     before = block.conv1d_state, block.rg_lru.recurrent_states
     width = conv.shape[-1]
     seen = None
@@ -107,7 +107,7 @@ def _continued(block: Any, conv: Tensor, recurrent: Tensor) -> Iterator[Any]:
         return output[..., width:]
 
     def read() -> tuple[Tensor, Tensor]:
-        # A single token does not pass through the convolution's module, and keeps its state right.
+        # A single token does not pass through the convolution's module, and its state stays right.
         state = block.conv1d_state if seen is None else seen[..., -width:]
         return state, block.rg_lru.recurrent_states
 

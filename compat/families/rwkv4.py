@@ -1,7 +1,7 @@
 """RWKV-4: the state is a list of five tensors, (batch, hidden_size, layers).
 
 On a CPU, where no gradient is recorded, the released wkv is a loop over tokens; there that of
-`compat.ops.rwkv4` takes its place. The fork, which masks padding itself, is left alone.
+`compat.ops.rwkv4` takes its place. The transformers fork masks padding itself, and is left alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from compat.ops.rwkv4 import rwkv_linear_attention
 
 
 class Rwkv(Family):
-    """RWKV-4 of transformers, which ignores attention masks: the chunk loop needs none."""
+    """RWKV-4 of transformers, which ignores attention masks; the chunk loop needs none."""
 
     def forward(
         self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
@@ -82,7 +82,7 @@ def differs(wkv: Callable[..., Any]) -> str:
                 outputs, ours = rwkv_linear_attention(**given, state=ours, return_state=True)
             compare(f"{length} tokens", their_outputs, outputs)
             numerator, denominator, largest = theirs
-            scale = (largest - ours[2]).exp()  # Each may hold its state at another exponent.
+            scale = (largest - ours[2]).exp()  # The two may hold states at different exponents.
             compare(f"the state after {length} tokens", numerator * scale, ours[0])
             compare(f"the state after {length} tokens", denominator * scale, ours[1])
 
@@ -90,9 +90,9 @@ def differs(wkv: Callable[..., Any]) -> str:
 
 
 def plan() -> list[Patch]:
-    """What to patch in transformers.
+    """List the patches of transformers.
 
-    Nothing where its wkv takes other arguments, or where RWKV masks padding itself.
+    There are none where its wkv takes other arguments, or where RWKV masks padding itself.
     """
     module = modeling("rwkv")
     wkv = _wkv_of(module)
@@ -100,10 +100,11 @@ def plan() -> list[Patch]:
 
 
 def on_cpu() -> str | None:
-    """Say why wkv is not done by `compat.ops` on a CPU; empty where it is.
+    """Say why `compat.ops` does not do wkv on a CPU; empty where it does.
 
     Returns:
-        None where the installed transformers has no RWKV, or one that masks padding itself.
+        The reason; None where the installed transformers has no RWKV, or one that masks padding
+        itself.
     """
     module = modeling("rwkv")
     if module is None or _masks_padding(module):
@@ -114,7 +115,7 @@ def on_cpu() -> str | None:
 
 
 def _wkv_of(module: Any) -> Any:
-    """The module's wkv; None where that of `compat.ops` cannot take its place."""
+    """Return the module's wkv; None where that of `compat.ops` cannot take its place."""
     wkv = getattr(module, _WKV, None)
     if wkv is None or set(_ARGUMENTS) - set(parameters(wkv)) or _masks_padding(module):
         return None

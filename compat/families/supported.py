@@ -1,4 +1,4 @@
-"""Which models of transformers carry their state, under which names; and which do not, and why."""
+"""The models of transformers that carry their state, and its names; those that do not, and why."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _TEXT_MODEL = (
     "take its text model, model.base_model.language_model (of type {})"
 )
 
-# Recurrent models of transformers that are not read in chunks: why, and what to do instead.
+# Recurrent models of transformers that are not read in chunks: the reason, and the remedy.
 UNSUPPORTED: dict[str, str] = {
     "glm5_next": _TEXT_MODEL.format("glm5_next_text"),
     "inkling2": _TEXT_MODEL.format("inkling2_text"),
@@ -77,7 +77,7 @@ UNSUPPORTED: dict[str, str] = {
 def look_up(
     model: object, families: Mapping[str, Family] = MODELS
 ) -> tuple[PreTrainedModel, Family]:
-    """The model without its head, and the way its state is carried.
+    """Return the model without its head, and the way its state is carried.
 
     Raises:
         UnsupportedModelError: The model is not a transformers model, its type is not one of

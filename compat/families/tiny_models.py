@@ -1,8 +1,8 @@
 """Tiny models, one for every recurrent or hybrid text model that compat reads in chunks.
 
-They are what a family is asked with: whether the installed code continues from its state exactly.
-Lengths that matter to a chunked pass (inner chunk, attention window, sparse attention budget) lie
-well below the length of a short text, so that the text crosses them.
+They are run to find out whether the installed code continues exactly from its state. Lengths that
+matter to a chunked pass (inner chunk, attention window, sparse attention budget) are well below the
+length of a short text, so that the text crosses them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
-# The upstream default (0.02) makes a tiny model nearly linear, and hides a lost state.
+# The upstream default (0.02) makes a tiny model nearly linear, which hides a lost state.
 _INIT = {"initializer_range": 0.2}
 _TINY = {
     "vocab_size": 64,
     "hidden_size": 32,
-    # With a padding token its embedding is zero, and a leak of padding may go unseen.
+    # The embedding of a padding token would be zero, which may hide a leak of padding.
     "pad_token_id": None,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -49,7 +49,7 @@ _GATED_DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-# Multi-head latent attention.
+# Settings of multi-head latent attention.
 _LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
@@ -128,7 +128,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "index_topk": 8,
         "index_kpool": 4,
         "index_head_dim": 8,
-        # With few heads most scores are zero, and equal ones are picked by chance.
+        # With few heads most scores are zero, and equal scores are picked arbitrarily.
         "index_n_heads": 16,
     },
     "granitemoehybrid": {
@@ -368,8 +368,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "context_length": 512,
         "rescale_every": 2,
     },
-    # The config rounds the widths of q, k and v up to a multiple of 64, the layer does not:
-    # only such widths run.
+    # The configuration rounds the widths of q, k and v up to a multiple of 64, but the layer does
+    # not. So only multiples of 64 run.
     "xlstm": {
         **_TINY | {"hidden_size": 64},
         "num_hidden_layers": 2,
@@ -383,7 +383,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_STEPS,
         **_ATTENTION | {"num_key_value_heads": 4},
         "num_hidden_layers": 3,
-        # One hybrid layer alone would have nothing to share its weights with, which is refused.
+        # A single hybrid layer would share its weights with no other, which is refused.
         "layers_block_type": [_LINEAR, "hybrid", "hybrid"],
         "n_mamba_heads": 2,
         "mamba_d_state": 8,
@@ -421,20 +421,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def config(model_type: str) -> PreTrainedConfig:
-    """The configuration of a type's tiny model.
+    """Return the configuration of a type's tiny model.
 
     Raises:
         KeyError: The installed transformers has no such type.
-        Exception: Its configuration cannot be what it is here.
+        Exception: The type's configuration class does not take these values.
     """
     made: PreTrainedConfig = CONFIG_MAPPING[model_type](**CONFIGS[model_type])
     return made
 
 
 def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """The model of a configuration without its head, in float32, on the CPU and in eval mode.
+    """Build a configuration's model without its head, in float32, on the CPU and in eval mode.
 
-    Its weights are random, and nothing else that is random in the process is touched.
+    Its weights are random, and no random state of the process changes.
     """
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), Draws(seed):
         model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)
@@ -444,7 +444,7 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 class Draws(TorchFunctionMode):
-    """Let what is random come from a generator of its own, in this thread."""
+    """Draw all random numbers of this thread from a separate generator."""
 
     # fmt: off
     _NAMES = (
@@ -468,7 +468,7 @@ class Draws(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = func.__name__
-        if name in ("rand_like", "randn_like"):  # Which take no generator in older releases.
+        if name in ("rand_like", "randn_like"):  # In older releases these take no generator.
             like, func = args[0], getattr(torch, name.removesuffix("_like"))
             args = (like.shape,)
             kwargs = {"dtype": like.dtype} | kwargs | {"generator": self._generator}
@@ -478,8 +478,8 @@ class Draws(TorchFunctionMode):
 
 
 def _perturb_constants(model: PreTrainedModel) -> None:
-    """Add noise to what starts at few values: biases, norms, decays, step sizes, gates."""
-    # Other buffers are derived from each other, such as the decays of minimax.
+    """Add noise to parameters that start constant: biases, norms, decays, step sizes and gates."""
+    # Other buffers, such as the decays of minimax, are derived from each other.
     biases: list[tuple[str, Tensor]] = [(n, b) for n, b in model.named_buffers() if "bias" in n]
     for name, tensor in [*model.named_parameters(), *biases]:
         if tensor.unique().numel() <= max(1, tensor.numel() // 2):

@@ -1,7 +1,8 @@
-"""Wrappers around a transformers model: they are seen through where that changes no number.
+"""Wrappers around a transformers model: look through them where they change no result.
 
-What `torch.compile` returns does what the model in it does. PEFT's does where it hands its inputs
-on, and all that an adapter adds lies in the layers: the two are run on a few tokens and compared.
+A model that `torch.compile` returned computes what the model in it does. A PEFT model does if it
+passes its inputs on unchanged and all additions of an adapter lie in the layers; to find out, the
+wrapper and the model in it are run on a few tokens and compared.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from transformers import PreTrainedModel
 from compat.errors import UnsupportedModelError
 from compat.installed.behaviour import in_eval_mode, shielded
 
-# They run the same layers on the same tokens, of which a GPU may sum up some in another order.
+# Both run the same layers on the same tokens, but a GPU may sum in another order.
 _TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 _TOLERANCE = 1e-2
 
-# Of each of PEFT's: what it was when it was asked, and in which way it differs from what is in it.
+# For each PEFT model, its parts when it was checked, and in which way it differed from the model in
+# it.
 _asked: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
 
 
 def unwrapped(model: Any) -> Any:
-    """The model under the wrappers of PEFT and `torch.compile`; any other as it is.
+    """Return the model under wrappers of PEFT and `torch.compile`; any other model as it is.
 
     Raises:
         UnsupportedModelError: A wrapper does something of its own, or is another's.
@@ -44,7 +46,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def _is_compiled(model: Any) -> bool:
-    """Whether `torch.compile` has returned it; to import that takes seconds."""
+    """Return whether `torch.compile` returned this, without importing it, which takes seconds."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and isinstance(model, cast(Any, dynamo).OptimizedModule)
 
@@ -62,7 +64,7 @@ _INTO_THE_MODEL = (
 
 
 def _of_peft(model: nn.Module) -> Any:
-    """The model that PEFT has put its layers into."""
+    """Return the model that PEFT has put its layers into."""
     configs: Any = model.peft_config
     for config in configs.values():
         kind = getattr(config.peft_type, "value", config.peft_type)
@@ -89,25 +91,25 @@ def _of_peft(model: nn.Module) -> Any:
     if reason:
         raise UnsupportedModelError(
             f"a {type(model).__name__} of PEFT, which {reason}",
-            "a wrapper that gives what the model in it gives",
+            "a wrapper that gives the same as the model in it",
             _INTO_THE_MODEL,
         )
     return inner
 
 
 def _difference(wrapper: nn.Module, inner: Any) -> str:
-    """In which way a wrapper does something else than the model in it; empty where it does not."""
+    """Say in which way a wrapper computes something else than its model; empty if it does not."""
     device, dtype = inner.device, inner.dtype
     vocabulary = inner.get_input_embeddings().weight.shape[0]
     generator = torch.Generator("cpu").manual_seed(0)
-    # Nothing is compiled for the sake of this.
+    # A comparison is not worth compiling for.
     with shielded(), in_eval_mode(wrapper), torch.compiler.set_stance("force_eager"):
         ids = torch.randint(3, vocabulary, (2, 12), generator=generator).to(device)
         try:
             found, wanted = (
                 model(input_ids=ids, return_dict=True)[0] for model in (wrapper, inner)
             )
-        except Exception as error:  # Of whatever kind it is.
+        except Exception as error:  # A wrapper may raise anything.
             said = str(error).partition("\n")[0]
             return f"cannot be run on tokens alone ({type(error).__name__}: {said})"
     if found.shape != wanted.shape:
@@ -133,7 +135,7 @@ def _require_no_hooks(wrapper: nn.Module, remedy: str) -> None:
 
 
 def _require_no_wrapper(model: Any) -> None:
-    """Refuse any other module around a transformers model, and say where that is."""
+    """Refuse any other module around a transformers model, and say where in it the model is."""
     inside = model.named_modules() if isinstance(model, nn.Module) else ()
     for path, module in inside:
         if isinstance(module, PreTrainedModel):

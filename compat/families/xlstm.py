@@ -1,9 +1,9 @@
 """xLSTM: a state in float32 whatever the model's dtype, of the layers' own head dimensions.
 
 As of transformers 5.24.0 the model makes its cache in its own dtype, and for head dimensions
-rounded up to 64, which the layers do not round. Its scan raises where a state in float32, which is
-its own default too, meets lower inputs of at least one inner chunk; there it is run in float32.
-The fork's scan does that itself.
+rounded up to 64, which the layers do not round. Its scan raises where a state in float32, its own
+default, meets inputs of a lower dtype and of at least one inner chunk; compat runs it in float32
+there. The transformers fork's scan does that itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from compat.installed.recurrent_cache import modeling
 
 
 class XLstm(Family):
-    """xLSTM of transformers, with a cache of ours, and with its scan patched where it raises."""
+    """xLSTM of transformers, with a cache of compat's own, and its scan patched where it raises."""
 
     def forward(
         self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
@@ -34,7 +34,7 @@ class XLstm(Family):
             return super().forward(backbone, input_ids, start, state)
 
     def select_rows(self, state: Any, rows: Tensor) -> Any:
-        """The state of some rows."""
+        """Return the state of some rows; rows is (n,) int64."""
         state.rnn_state = {
             layer: tuple(part[rows] for part in parts) for layer, parts in state.rnn_state.items()
         }
@@ -61,9 +61,9 @@ class XLstm(Family):
 
 
 def plan() -> list[Patch]:
-    """What to patch in transformers.
+    """List the patches of transformers.
 
-    Nothing where the layers come from the xlstm package, or where the scan does not raise.
+    There are none where the layers come from the xlstm package, or where the scan does not raise.
     """
     module = modeling("xlstm")
     backend = getattr(module, "xLSTMBackend", None)
@@ -75,7 +75,7 @@ def plan() -> list[Patch]:
 
 @functools.cache
 def _scan_raises(scan: Callable[..., Any]) -> bool:
-    """Whether a scan of bfloat16 raises from a state in float32; asked with one head of width 1."""
+    """Return whether a bfloat16 scan of one head of width 1 raises from a state in float32."""
     inputs = torch.zeros(1, 1, 2, 1, dtype=torch.bfloat16, device="cpu")
     gate, state = inputs[..., 0], inputs[:, :, :1].float()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):

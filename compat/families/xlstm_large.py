@@ -1,9 +1,9 @@
-"""xLSTM-large of the xlstm package: no transformers model, and its forward gives logits.
+"""xLSTM-large of the xlstm package: not a transformers model, and its forward gives logits.
 
-The hidden states are what its head is given: `model.backbone(model.embedding(input_ids), state)`,
-after the last norm. Its state, as of xlstm 2.0.6, is a dict: for each block the tensors (c, n, m),
-(batch, nheads, qk_head_dim, v_head_dim), (batch, nheads, qk_head_dim) and (batch, nheads, 1),
-which the model updates in place.
+Its hidden states are the inputs of its head: `model.backbone(model.embedding(input_ids), state)`,
+after the last norm. Its state, as of xlstm 2.0.6, is a dict with the tensors (c, n, m) of each
+block: (batch, nheads, qk_head_dim, v_head_dim), (batch, nheads, qk_head_dim) and (batch, nheads,
+1). The model updates them in place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class XLstmLarge(Family):
         """Run one chunk; see `Family.forward`."""
         embedding = backbone.embedding(input_ids)
         with ExitStack() as hooks:
-            # Inputs of a lower dtype raise beside the kernels' own state in float32.
+            # The kernels' own state is in float32, and inputs of a lower dtype beside it raise.
             if embedding.dtype != torch.float32 and "native" in backbone.config.chunkwise_kernel:
                 for block in backbone.backbone.blocks:
                     _run_in_float32(block.mlstm_layer.mlstm_backend, embedding.dtype, hooks)
@@ -36,18 +36,18 @@ class XLstmLarge(Family):
         return hidden, state
 
     def select_rows(self, state: Any, rows: Tensor) -> dict[int, tuple[Tensor, ...]]:
-        """The state of some rows."""
+        """Return the state of some rows; rows is (n,) int64."""
         return {block: tuple(part[rows] for part in parts) for block, parts in state.items()}
 
 
 def is_xlstm_large(model: object) -> bool:
-    """Whether a model is an `xLSTMLarge`; does not import the package."""
+    """Return whether a model is an `xLSTMLarge`, without importing the package."""
     module = sys.modules.get("xlstm.xlstm_large.model")
     return module is not None and isinstance(model, module.xLSTMLarge)
 
 
 def family_of(model: Any) -> Family:
-    """The way in which an `xLSTMLarge` carries its state.
+    """Return the way in which an `xLSTMLarge` carries its state.
 
     Raises:
         UnsupportedModelError: The mode is a training mode, the kernel takes no state, or the state
@@ -72,7 +72,7 @@ def family_of(model: Any) -> Family:
 
 
 def _run_in_float32(kernels: nn.Module, dtype: torch.dtype, hooks: ExitStack) -> None:
-    """Let the kernels see float32, and the layer its own dtype, until the hooks are closed."""
+    """Give the kernels float32 inputs, and the layer its own dtype, until the hooks are closed."""
 
     def raise_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args, {k: v.float() if isinstance(v, Tensor) else v for k, v in kwargs.items()}

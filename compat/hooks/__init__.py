@@ -1,6 +1,6 @@
-"""The switch, and the hooks into sentence-transformers.
+"""The switch that turns vertical chunking on, and the hooks into sentence-transformers.
 
-Other rooms use the modules of `__all__`; the others are the room's own.
+Other rooms use the modules in `__all__`; the remaining modules are private to this room.
 """
 
 __all__ = [

@@ -1,7 +1,7 @@
-"""Models that take the size themselves: a module of theirs names it in `forward_kwargs`.
+"""Models that take the chunk size themselves, in a module that names it in `forward_kwargs`.
 
-That is sentence-transformers' own route from `encode` to a module, and what is read in chunks then
-is the module's affair. The hooks leave such a model to itself, whatever the size is.
+This is sentence-transformers' own route from `encode` to a module, and that module then decides
+what it reads in chunks. The hooks do not touch such a model, whatever the size is.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _told: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def reads_by_itself(model: SentenceTransformer, task: str | None) -> bool:
-    """Whether a module that a text of `task` goes through takes the size from the library.
+    """Return whether a module that a text of `task` goes through takes the size from the library.
 
-    Where one does, an info line says so, once for each model.
+    Where one does, an info message says so, once for each model.
     """
     named = dict(model.named_children())
     by_name = model.module_kwargs or {}
@@ -34,7 +34,7 @@ def reads_by_itself(model: SentenceTransformer, task: str | None) -> bool:
     if not takers:
         modules = list(named.values())
         if all(KEYWORD not in _forward_kwargs(module) for module in model.modules()):
-            return False  # Without asking a Router, which may have no route for the task.
+            return False  # A Router is not asked, as it may lack a route for the task.
         takers = [module for module in route(modules, task) if KEYWORD in _forward_kwargs(module)]
     if takers and model not in _told:
         _told.add(model)
@@ -51,9 +51,10 @@ def _forward_kwargs(module: Any) -> Any:
 
 
 def for_preprocess(model: SentenceTransformer, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a `preprocess`, without the size where the input module does not take it.
+    """Return the arguments for `preprocess`, without the size if the input module does not take it.
 
-    The library answers the TypeError by a second try, with the prompt as a part of the text.
+    Given the size, such a module raises TypeError, and the library would try again with the prompt
+    as a part of the text.
     """
     if KEYWORD not in kwargs or _takes(_reader(model, kwargs.get("task")), KEYWORD):
         return kwargs
@@ -61,7 +62,7 @@ def for_preprocess(model: SentenceTransformer, kwargs: dict[str, Any]) -> dict[s
 
 
 def _reader(model: SentenceTransformer, task: str | None) -> Callable[..., Any]:
-    """What makes features of texts: `preprocess`, or the `tokenize` of before."""
+    """Return the method that makes features of texts: `preprocess`, or the older `tokenize`."""
     from sentence_transformers.base.modules import InputModule
 
     module = route(list(model.children()), task)[0]

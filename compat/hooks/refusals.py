@@ -1,4 +1,4 @@
-"""What cannot be done in chunks is refused before any work: modules, backends, inputs."""
+"""Raise early for models and inputs that cannot be read in chunks: modules, backends, features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 TOKENS = "token_embeddings"
 
-# Bookkeeping of a call to `encode`, and tokenizer output that no recurrent model reads.
+# Entries that a call of `encode` adds for itself, and tokenizer output that no recurrent model
+# reads.
 _IGNORED_FEATURES = frozenset({"input_ids", "attention_mask", "modality", "prompt_length", "task"})
 
 
@@ -32,14 +33,14 @@ def check_inputs(
 
 
 def check_tokens(inputs: Sequence[Any], features: Mapping[str, Any]) -> None:
-    """Refuse what else the tokenizer has made no token of, when it has."""
+    """Refuse any other text that the tokenizer has turned into no token, once it has run."""
     for text, mask in zip(inputs, features.get("attention_mask", ()), strict=False):
         if not mask.any():
             raise without_token(text)
 
 
 def without_token(text: object, name: str = "A text") -> ValueError:
-    """The error for a text of which the tokenizer makes nothing."""
+    """Return the error for a text that the tokenizer turns into no token."""
     return ValueError(
         f"{name} is {text!r}, of which the tokenizer makes no token; there is nothing to embed. "
         "Leave it out, or use a tokenizer that ends each text with a special token."
@@ -47,11 +48,11 @@ def without_token(text: object, name: str = "A text") -> ValueError:
 
 
 def check_modules(model: SentenceTransformer, pooled: bool, task: str | None) -> None:
-    """Refuse a model of which a module cannot work on a stream of chunks.
+    """Refuse a model with a module that cannot work on a stream of chunks.
 
     Args:
-        model: The model, of which the modules are looked at that a text of `task` goes through.
-        pooled: Whether its sentence embeddings are asked for, or those of its tokens.
+        model: The model; only the modules that a text of `task` goes through are checked.
+        pooled: True where its sentence embeddings are wanted, not those of its tokens.
         task: "query", "document" or None, by which a Router chooses.
     """
     first, *rest = route(list(model.children()), task)
@@ -69,7 +70,7 @@ def check_modules(model: SentenceTransformer, pooled: bool, task: str | None) ->
 
 
 def route(modules: list[Any], task: str | None) -> list[Any]:
-    """The modules in the order in which a text meets them, each Router replaced by its route."""
+    """Return the modules in the order in which a text meets them, each Router as its route."""
     from sentence_transformers.base.modules import Router
 
     met: list[Any] = []
@@ -83,7 +84,7 @@ def route(modules: list[Any], task: str | None) -> list[Any]:
 
 
 def check_transformer(module: Any) -> None:
-    """Refuse a first module that cannot read in chunks, whatever it makes of what it has read."""
+    """Refuse a first module that cannot read in chunks, whatever it does with the output."""
     from sentence_transformers.base.modules import Transformer
 
     if not isinstance(module, Transformer) or type(module).forward is not Transformer.forward:
@@ -108,7 +109,7 @@ def check_transformer(module: Any) -> None:
 
 
 def _check_output(module: Any) -> None:
-    """Refuse a Transformer that makes something else than token embeddings."""
+    """Refuse a Transformer whose output is not token embeddings."""
     outputs = module.modality_config.get("text", {}).get("method_output_name")
     if module.module_output_name != TOKENS or outputs != "last_hidden_state":
         raise UnsupportedPipelineError(

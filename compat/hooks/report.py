@@ -1,6 +1,6 @@
-"""What `status()` says: what is installed, where chunking is native or patched, what models run on.
+"""Report what is installed, where chunking is native or patched, and what models run on.
 
-What a type of model runs on is asked by running its mixers, so it is looked up when it is read.
+To find out what a type of model runs on, its mixers are run, so that part waits until it is read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LibraryStatus:
         library: The distribution's name.
         version: Its installed version; None where it is not installed.
         state: `native` where the library does it itself, `patched` where compat's hooks do it,
-            `absent` where it is not to be had.
+            `absent` where there is no support.
         reason: Why it is in that state, and whether the version is newer than the newest tested.
     """
 
@@ -44,17 +44,17 @@ class LibraryStatus:
 
 @dataclass(frozen=True)
 class Report:
-    """The status of each library, and what models run on; as a string, a table and some lines.
+    """The status of each library, and what models run on; printed as a table and some lines.
 
     Attributes:
-        libraries: What is native, patched or absent, and why.
+        libraries: The status of each library: native, patched or absent, and the reason.
     """
 
     libraries: tuple[LibraryStatus, ...]
 
     @property
     def fused(self) -> str:
-        """What the Mamba2 mixers of a model on a GPU run on, or why on nothing of their own."""
+        """Say what runs the Mamba2 mixers of a model on a GPU, or why compat offers no path."""
         if native := _native():
             return native
         path = mamba2_kernels.probe()
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def cpu(self) -> str:
-        """What Mamba2, Mamba-1 and RWKV on a CPU run on: native kernels, or plain torch and why."""
+        """Say what runs Mamba2, Mamba-1 and RWKV on a CPU: native kernels, or torch and why."""
         if native := _native():
             return native
         if ops.backend() == "released":
@@ -73,9 +73,10 @@ class Report:
 
     @property
     def paths(self) -> dict[str, str]:
-        """For each model type that has a fast path on a CPU: empty where it takes it, else why not.
+        """Say for each model type with a fast path on a CPU why it is not taken; empty where it is.
 
-        A reason has the case and the two figures in which the released code differs from compat's.
+        A reason names the case, and the two figures in which the released code differs from
+        compat's.
         """
         found = {name: mamba2.on_cpu(name) for name in mamba2.MIXERS}
         found |= {name: mamba1.on_cpu(name) for name in mamba1.MIXERS}
@@ -99,7 +100,7 @@ class Report:
 
 
 def library_status(library: str, state: State, reason: str) -> LibraryStatus:
-    """The status of a library as it is installed."""
+    """Return the status of a library as it is installed."""
     try:
         installed = version(library)
     except PackageNotFoundError:
@@ -110,10 +111,10 @@ def library_status(library: str, state: State, reason: str) -> LibraryStatus:
 
 
 def transformers_status(patched: bool) -> LibraryStatus:
-    """The status of transformers.
+    """Return the status of transformers.
 
     Args:
-        patched: Whether compat's hooks are in it.
+        patched: True while compat's hooks are in it.
     """
     if reason := recurrent_cache.probe():
         return library_status("transformers", "absent", reason)
@@ -125,10 +126,10 @@ def transformers_status(patched: bool) -> LibraryStatus:
 
 
 def sentence_transformers_status(patched: bool) -> LibraryStatus:
-    """The status of sentence-transformers.
+    """Return the status of sentence-transformers.
 
     Args:
-        patched: Whether compat's hooks are in it.
+        patched: True while compat's hooks are in it.
     """
     name = "sentence-transformers"
     if not encoder.installed():
@@ -147,7 +148,7 @@ def sentence_transformers_status(patched: bool) -> LibraryStatus:
 
 
 def _native() -> str | None:
-    """What is said of a transformers that has the fused path itself, and is left alone."""
+    """Describe a transformers that has the fused path itself and is left alone; None for others."""
     has = [name for name in mamba2.MIXERS if mamba2.is_native(name)]
     if not has:
         return None

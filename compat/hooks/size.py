@@ -1,4 +1,4 @@
-"""The vertical chunk size on its way to other processes, to which it brings the hooks along."""
+"""The vertical chunk size on its way to other processes, where it turns the hooks on."""
 
 from contextvars import ContextVar
 
@@ -9,9 +9,9 @@ encoding: ContextVar[bool] = ContextVar("compat_encoding", default=False)
 class Size(int):
     """A vertical chunk size that turns the hooks on in the process that unpickles it.
 
-    The switch, which knows how, registers that with `copyreg`.
+    The switch knows how to do that, and registers it with `copyreg`.
     """
 
 
 class Share(Size):
-    """The size with a worker's share of the texts, which asks for word of what was cut."""
+    """A size that comes with a worker's share of the texts, and asks for a report of those cut."""

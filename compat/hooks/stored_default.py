@@ -1,7 +1,7 @@
-"""The chunk size that a model carries: in memory, and stored with it.
+"""The default chunk size that a model carries in memory, and that is stored with it.
 
-It lives in the instance's __dict__ under its own name, so that it stays a plain attribute when the
-hooks are off.
+It is kept in the instance's __dict__ under its own name, so that it stays a plain attribute when
+the hooks are off.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ _told: WeakSet[Any] = WeakSet()
 
 
 def get_default(model: SentenceTransformer) -> int | None:
-    """Tokens in a vertical chunk where `encode` is not told; None reads whole texts."""
+    """Return the tokens in a vertical chunk that `encode` uses where it is given none.
+
+    None stands for reading whole texts.
+    """
     default: int | None = vars(model).get(KEYWORD)
     return default
 
 
 def set_default(model: SentenceTransformer, value: int | None) -> None:
-    """Set it, if it is a size; None takes it away."""
+    """Set the default if it is a valid size; None removes it."""
     vars(model)[KEYWORD] = None if value is None else check_chunk_size(value)
 
 
@@ -74,8 +77,8 @@ def hook_of_others(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_training(model: SentenceTransformer) -> bool:
-    """Whether a call of the model is to give gradients; when it has been loaded, it is not."""
-    # The encoder's own flag is set from the start.
+    """Return whether a call of the model is to give gradients; not so for a freshly loaded one."""
+    # The encoder's own training flag is set from the start.
     backbone = model.transformers_model
     return model.training and (backbone is None or backbone.training)
 
@@ -83,7 +86,7 @@ def in_training(model: SentenceTransformer) -> bool:
 def warn_of_whole_texts(model: SentenceTransformer, features: Any) -> None:
     """Warn, once for each model, that a call of its forward does not follow its default.
 
-    Where a gradient is to come, or all texts are within one chunk, there is nothing to warn of.
+    No warning is due where a gradient is to come, or where all texts fit into one chunk.
     """
     default, ids = get_default(model), features.get("input_ids")
     if default is None or in_training(model) or model in _told or ids is None:

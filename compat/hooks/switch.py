@@ -1,4 +1,4 @@
-"""Turning vertical chunking on and off in the installed libraries, all of it or nothing."""
+"""Turn vertical chunking on and off in the installed libraries, completely or not at all."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ _is_lasting = False
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Have the hooks in for the length of a `with` block, whoever else holds them, in any thread.
+    """Keep the hooks in for the length of a `with` block, whoever else holds them, in any thread.
 
-    The first holder puts them in, and the last takes them out; a call of `encode` in chunks is one.
+    The first holder puts them in, and the last one takes them out. A call of `encode` in chunks is
+    a holder too.
     """
     global _holders, _models, _patches
     with _lock:
@@ -51,11 +52,11 @@ def held() -> Iterator[None]:
 
 
 def _put_in() -> tuple[ExitStack, Patches]:
-    """Replace attributes of the libraries: all that is planned, or nothing."""
+    """Replace attributes of the libraries: all that are planned, or none."""
     recurrent_cache.require_support()
     with ExitStack() as stack:
         for family in family_patches():
-            with suppress(UnsupportedVersionError):  # Chunks of that family raise it.
+            with suppress(UnsupportedVersionError):  # Chunks of that family raise the error.
                 stack.enter_context(family)
         stack.enter_context(mamba2.full_passes())
         patches = Patches(encoder.plan(held))
@@ -65,14 +66,15 @@ def _put_in() -> tuple[ExitStack, Patches]:
 def enable_vertical_chunking() -> Report:
     """Let `SentenceTransformer.encode` take `vertical_chunk_size`, in this process.
 
-    Everything that the hooks need is looked at before anything is patched; calling it again does
-    nothing. Models that were loaded before take part as well, except that a default chunk size
-    stored with a model is read when the model is loaded.
+    All that the hooks need is checked before anything is patched; calling it again does nothing.
+    Models that were loaded before take part as well, except that a default chunk size stored with a
+    model is read only when the model is loaded.
 
-    A family of models that cannot be hooked is left out, as `status()` says; chunks of it raise.
+    A family of models that cannot be hooked is left out, and `status()` says so; reading chunks
+    with it raises.
 
     Returns:
-        What was found in each library, and what was done.
+        The report of `status()`: what was found in each library, and what was done.
 
     Raises:
         UnsupportedVersionError: A library is installed but is not what the hooks expect; nothing
@@ -87,11 +89,11 @@ def enable_vertical_chunking() -> Report:
 
 
 def disable_vertical_chunking() -> None:
-    """Let go of what `enable_vertical_chunking()` holds, however often it was called.
+    """Let go of the hooks that `enable_vertical_chunking()` holds, however often it was called.
 
-    Every patched attribute is the very object again that it was as soon as nobody else holds the
-    hooks: no `with vertical_chunking()` block, and no call of `encode` in chunks that is still
-    running in another thread. Without hooks it does nothing.
+    As soon as nobody else holds the hooks, every patched attribute is the very object again that it
+    was. Other holders are a `with vertical_chunking()` block, and a call of `encode` in chunks that
+    is still running in another thread. Where there are no hooks, nothing happens.
     """
     global _is_lasting
     with _lock:
@@ -101,23 +103,24 @@ def disable_vertical_chunking() -> None:
 
 @contextmanager
 def vertical_chunking() -> Iterator[Report]:
-    """Have vertical chunking on for the length of a `with` block, in all threads.
+    """Turn vertical chunking on for the length of a `with` block, in all threads.
 
-    Each block holds it for itself: neither the end of another block nor
-    `disable_vertical_chunking()` takes it away, and where it was on before, it stays on afterwards.
+    Each block holds the hooks for itself: neither the end of another block nor
+    `disable_vertical_chunking()` takes them away, and where chunking was on before, it stays on
+    afterwards.
     """
     with held():
         yield status()
 
 
 def _receive(kind: type[Size], size: int) -> Size:
-    if not encoding.get():  # Else the running call holds the hooks, and they end with it.
+    if not encoding.get():  # Otherwise the running call holds the hooks until it ends.
         enable_vertical_chunking()
     return kind(size)
 
 
 def status() -> Report:
-    """The state of vertical chunking in each library; changes nothing."""
+    """Report the state of vertical chunking in each library, without changing anything."""
     in_models = _patches is not None and any(held.patched for held in family_patches())
     return Report(
         (transformers_status(in_models), sentence_transformers_status(bool(_patches))),

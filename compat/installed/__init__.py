@@ -1,6 +1,6 @@
-"""What is installed and what it can do; attributes replaced and put back.
+"""The installed libraries: find out what they do, replace attributes, and put them back.
 
-Other rooms use the modules of `__all__`; the others are the room's own.
+Other rooms use the modules in `__all__`; the remaining modules are private to this room.
 """
 
 __all__ = ["behaviour", "hub_kernels", "patches", "recurrent_cache"]

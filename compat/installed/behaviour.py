@@ -1,7 +1,7 @@
-"""What a released function does, found by running it on tiny inputs beside what would replace it.
+"""Compare a released function with its replacement, by running both on tiny inputs.
 
-A function is recognised by what it computes. The text of it would not do: it does not say what the
-functions that it calls do, and it changes where the numbers do not.
+A function is recognised by what it computes. Its text would not do: it does not show what the
+functions that it calls do, and it may change while the numbers stay.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 from compat.installed.recurrent_cache import beneath, innermost
 
-# Both compute in float32, in another order: some 4e-7 is lost. What differs in meaning differs by
-# much more, as inputs and weights are of order 1.
+# Both compute in float32, in another order, which costs some 4e-7. A difference in meaning is much
+# larger, as inputs and weights are of order 1.
 _TOLERANCE = 2e-5
 
 
 class Differs(Exception):
-    """A released function does something else than what would replace it; the text says what."""
+    """Raised where a released function computes something else than its replacement; says what."""
 
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Run tiny models whatever the caller's modes are, and leave no trace in them."""
+    """Run tiny models whatever the caller's modes are, and leave these modes unchanged."""
     with ExitStack() as stack:
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
@@ -39,7 +39,7 @@ def shielded() -> Iterator[None]:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and back on in the modules in which it was."""
+    """Switch dropout off, and afterwards back on in the modules in which it was on."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -50,21 +50,22 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Draw:
-    """Normal numbers in float32, from a generator of its own."""
+    """Draw normal random numbers in float32 from a separate generator."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator("cpu").manual_seed(0)
 
     def __call__(self, *shape: int) -> Tensor:
-        """Draw a tensor."""
+        """Draw a tensor of the given shape."""
         return torch.randn(shape, generator=self._generator, dtype=torch.float32)
 
 
 def compare(case: str, released: Tensor, ours: Tensor) -> None:
-    """Hold what would replace a function to what it gives.
+    """Compare the result of a released function with that of its replacement.
 
     Raises:
-        Differs: They are not the same; names the case, and both figures where they differ most.
+        Differs: They are not the same; the message has the case, and both figures where they differ
+            most.
     """
     if released.shape != ours.shape:
         raise Differs(f"{case}: it gives a shape of {tuple(released.shape)}, ours {ours.shape}")
@@ -78,11 +79,11 @@ def compare(case: str, released: Tensor, ours: Tensor) -> None:
 
 
 def verdict(check: Callable[[Callable[..., Any]], None], function: Callable[..., Any]) -> str:
-    """Why a check of a released function does not hold, in one line; empty where it holds.
+    """Say in one line why a check of a released function fails; empty where it passes.
 
-    Whatever is raised counts: another constructor, other attributes, other arguments. Where kernels
-    for a GPU are installed, what the function calls cannot be run on a CPU; then its own functions
-    in torch are run in their place.
+    Any exception counts as a failure: another constructor, other attributes, other arguments. Where
+    kernels for a GPU are installed, the functions that it calls cannot be run on a CPU; then
+    transformers' own functions in torch are run in their place.
     """
     error: Exception = NotImplementedError()
     for run in (function, in_torch(function)):
@@ -99,7 +100,7 @@ def verdict(check: Callable[[Callable[..., Any]], None], function: Callable[...,
 
 
 def in_torch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A released function, decorators and all, that calls the released functions in plain torch."""
+    """Make a released function, with its decorators, call the released functions in plain torch."""
     inner = beneath(function)
     if not isinstance(function, types.FunctionType):
         return innermost(function)

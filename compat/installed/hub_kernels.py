@@ -1,7 +1,8 @@
-"""Kernels of the hub in the place of a model's own functions: what compat has to know of them.
+"""Detect hub kernels that replaced a model's own functions, and say what they can do.
 
-The package `kernels` makes an object of each of these functions of a model's module. Its `forward`
-is that of a kernel's layer once a model is kernelized, and all models of the module share it.
+The package `kernels` makes an object of each of these functions in a model's module. Once a model
+is kernelized, the object's `forward` is that of a kernel's layer, and all models of the module
+share it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ _FUSED = "mamba_split_conv1d_scan_combined"
 
 
 def is_used(mixer: Any) -> bool:
-    """Whether a kernel of the hub has the place of one of a mixer's functions."""
+    """Return whether a kernel of the hub has replaced one of a mixer's functions."""
     return any(map(_is_replaced, getattr(mixer, "_kernel_funcs", {}).values()))
 
 
 def fused_op(mixer: Any) -> Callable[..., Any] | None:
-    """The fused op of a mixer, if it is a kernel's that takes and gives conv states."""
+    """Return the fused op of a mixer, if it is a kernel's that takes and returns conv states."""
     for function in getattr(mixer, "_kernel_funcs", {}).values():
         if _is_replaced(function) and _layer_name(function) == _FUSED:
             return None if _lacks(function) else function
@@ -29,7 +30,7 @@ def fused_op(mixer: Any) -> Callable[..., Any] | None:
 
 
 def describe(model_types: list[str]) -> str:
-    """What the kernels of the hub do in mixers of these types; empty where there are none."""
+    """Describe the hub kernels in mixers of these types; empty where there are none."""
     said: dict[str, list[str]] = {}
     for model_type in model_types:
         module = sys.modules.get(f"transformers.models.{model_type}.modeling_{model_type}")
@@ -48,21 +49,24 @@ def describe(model_types: list[str]) -> str:
 
 
 def _layer_name(function: Any) -> Any:
-    """The name by which `kernels` knows a function that it made an object; None for others."""
+    """Return the name by which `kernels` knows a function that it made an object; else None."""
     return getattr(type(function), "kernel_layer_name", None)
 
 
 def _is_replaced(function: Any) -> bool:
-    """Whether an object's forward is not its class's: after going back it is the class's, bound."""
+    """Return whether an object's forward is not its class's own.
+
+    After a model has gone back to its own functions, it is the class's again, as a bound method.
+    """
     forward = vars(function).get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(function).forward
 
 
 def _lacks(function: Any) -> str:
-    """Why the kernel that has a function's place cannot be used between states; else empty.
+    """Say why the kernel in a function's place cannot be used between states; empty where it can.
 
-    A layer has the parameters of what it replaces, and takes others unseen: what it does with them
-    is seen by the signature of the function of its name, in its package.
+    A layer has the parameters of the function that it replaces, and accepts others without a check.
+    Which of them it uses shows in the signature of the function of the same name, in its package.
     """
     layer = getattr(function.forward, "__func__", function.forward)
     package = sys.modules.get(str(layer.__module__).rpartition(".")[0])
@@ -78,7 +82,7 @@ def _lacks(function: Any) -> str:
 
 
 def _name(package: Any) -> str:
-    """The kernel's name and version, of the package that `kernels` loaded."""
+    """Return the name and version of the kernel whose package `kernels` loaded."""
     loaded = getattr(sys.modules.get("kernels"), "get_loaded_kernels", list)
     for kernel in loaded():
         if kernel.module is package:

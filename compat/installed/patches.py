@@ -1,4 +1,4 @@
-"""Replacing attributes of released libraries, and putting the very same objects back."""
+"""Replace attributes of released libraries, and put the very same objects back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Patch = tuple[Any, str, object]
 
 
 def wraps(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let a function stand for a released one, as `functools.wraps` does, and be told from it."""
+    """Let a function stand for a released one, as `functools.wraps` does, and remember which."""
 
     def mark(wrapper: Callable[..., Any]) -> Callable[..., Any]:
         wrapper = functools.wraps(original)(wrapper)
@@ -25,7 +25,7 @@ def wraps(original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
 
 
 def released(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The released function that one of compat's stands for; any other as it is."""
+    """Return the released function that one of compat's stands for; any other function as it is."""
     found: Callable[..., Any] = getattr(function, "_compat_released", function)
     return found
 
@@ -33,7 +33,7 @@ def released(function: Callable[..., Any]) -> Callable[..., Any]:
 def arguments(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Read what a call of a released function gives, by name; what is None is left out.
+    """Return the arguments of a call of a released function by name, without those that are None.
 
     The names are those under the function's decorators, and any that `**kwargs` would take.
     """
@@ -44,12 +44,12 @@ def arguments(
 
 
 class MixerCall(NamedTuple):
-    """What the forward of a mixer is given.
+    """The arguments of a mixer's forward.
 
     Attributes:
-        inputs: The first argument, (batch, seqlen, hidden_size); None where it cannot be told.
-        state: The state to go on from, under any of its names.
-        others: What else is not None, by name.
+        inputs: The first argument, (batch, seqlen, hidden_size); None where it cannot be found.
+        state: The state to continue from, under any of its names.
+        others: All other arguments that are not None, by name.
     """
 
     inputs: Any
@@ -70,10 +70,10 @@ class MixerCall(NamedTuple):
 
 
 class Patches:
-    """Attributes that were replaced, and what they were.
+    """Attributes that were replaced, with their former values.
 
     Args:
-        planned: The patches; where one of them fails, those before it are undone.
+        planned: The patches; if one of them fails, those before it are undone.
     """
 
     def __init__(self, planned: Sequence[Patch]) -> None:
@@ -89,13 +89,13 @@ class Patches:
         return len(self._undo)
 
     def _set(self, owner: Any, name: str, value: object) -> None:
-        # An inherited attribute is overridden, and later deleted again.
+        # An inherited attribute is overridden here, and the override is deleted later.
         before = vars(owner).get(name, self)
         setattr(owner, name, value)
         self._undo.append((owner, name, before))
 
     def undo(self) -> None:
-        """Put the very objects back that were there."""
+        """Put back the very objects that were there before."""
         while self._undo:
             owner, name, before = self._undo.pop()
             if before is self:
@@ -115,7 +115,7 @@ class Held:
 
     @property
     def patched(self) -> bool:
-        """Whether anything is replaced at this moment."""
+        """Return whether anything is replaced at this moment."""
         return bool(self._patches)
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the installed transformers can do: it is probed, and nothing in it is patched."""
+"""Find out what the installed transformers can do; nothing in it is patched."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from compat.errors import UnsupportedVersionError
 
 @cache
 def probe() -> str | None:
-    """Why no model of the installed transformers can continue from a state; None if some can.
+    """Say why no model of the installed transformers can continue from a state; None if some can.
 
-    Only what all of them share is looked at: the cache. Whether a family continues exactly is asked
-    of the family.
+    Only the cache, which all of them share, is checked here. Each family checks by itself whether
+    it continues exactly.
     """
     try:
         from transformers.cache_utils import Cache, LinearAttentionLayer
@@ -39,9 +39,9 @@ STATES = ("cache", "past_key_values", "cache_params", "state")
 
 
 def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under all decorators, also where `kernels` made an object of it.
+    """Return the function under all decorators, also where `kernels` made an object of it.
 
-    A decorator that renames arguments, or takes any, says nothing of what is taken in the end.
+    A decorator that renames arguments, or takes any, does not show which are taken in the end.
     """
     while (inner := beneath(function)) is not None:
         function = inner
@@ -49,11 +49,12 @@ def innermost(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def beneath(function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The function that a decorator was given; None where it is none that hands all of it on.
+    """Return the function that a decorator was given; None where there is no such function.
 
-    Not all of them say it, as `functools.wraps` does: then it is the one function that they hold.
+    Some decorators do not record it as `functools.wraps` does; then it is the one function that
+    they hold. A decorator that does not hand all of its arguments on does not count.
     """
-    function = getattr(type(function), "forward", function)  # An object of `kernels`.
+    function = getattr(type(function), "forward", function)  # This may be an object of `kernels`.
     wrapped: Callable[..., Any] | None = getattr(function, "__wrapped__", None)
     code = getattr(function, "__code__", None)
     takes_any = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
@@ -65,7 +66,7 @@ def beneath(function: Callable[..., Any]) -> Callable[..., Any] | None:
 
 
 def parameters(function: Callable[..., Any]) -> Sequence[str]:
-    """The names of what a released function takes, in their order, under all decorators."""
+    """Return the names of a released function's arguments, in order, under all decorators."""
     return _parameters(innermost(function))
 
 
@@ -77,10 +78,10 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def forward_of(model: Any) -> Callable[..., Any]:
-    """The forward of a model that says under which name it takes its state.
+    """Return the forward of a model that names the argument for its state.
 
-    That of the instance, if it has one that is not a wrapper of anything; else the first in the
-    classes: a subclass may hand its `**kwargs` on.
+    That is the instance's own forward, unless it is only a wrapper; otherwise the first one in its
+    classes, as a subclass may only hand its `**kwargs` on.
     """
     own: Callable[..., Any] | None = vars(model).get("forward")
     if own is not None and parameters(own):
@@ -92,10 +93,10 @@ def forward_of(model: Any) -> Callable[..., Any]:
 
 
 def state_argument(forward: Callable[..., Any]) -> str:
-    """The name under which a released forward takes its state.
+    """Return the name under which a released forward takes its state.
 
     Args:
-        forward: Of a model or of a layer.
+        forward: The forward of a model or of a layer.
 
     Raises:
         UnsupportedVersionError: It takes none of the known names. Any other would vanish in its
@@ -105,10 +106,10 @@ def state_argument(forward: Callable[..., Any]) -> str:
 
 
 def state_of(output: Mapping[str, Any]) -> Any:
-    """The state that a released model gives out.
+    """Return the state in the output of a released model.
 
     Raises:
-        UnsupportedVersionError: It gives none under a known name.
+        UnsupportedVersionError: The output has none under a known name.
     """
     return output[_one_of(STATES, list(output), f"{type(output).__name__} has")]
 
@@ -126,7 +127,7 @@ def _one_of(names: Sequence[str], found: Sequence[str], what: str) -> str:
 
 
 def modeling(model_type: str) -> Any:
-    """The module of a model type's classes in transformers; None where there is none."""
+    """Return the module of a model type's classes in transformers; None where there is none."""
     try:
         return import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     except ModuleNotFoundError:
@@ -137,7 +138,7 @@ def require_support() -> None:
     """Raise unless the installed transformers carries recurrent state.
 
     Raises:
-        UnsupportedVersionError: It does not; the message says what the probe saw.
+        UnsupportedVersionError: It does not; the message says what the probe found.
     """
     if reason := probe():
         raise UnsupportedVersionError(

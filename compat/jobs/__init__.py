@@ -1,6 +1,6 @@
 """Whole corpora: documents in, rows out.
 
-Other rooms use the modules of `__all__`; the others are the room's own.
+Other rooms use the modules in `__all__`; the remaining modules are private to this room.
 """
 
 __all__ = [

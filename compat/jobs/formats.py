@@ -1,4 +1,4 @@
-"""What a file is by its name: how it is opened, and why other formats are not read."""
+"""Tell the format of a file by its name: open it, or say why the format is not read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PANDOC = "its text: pandoc -t plain makes a .txt file of it"
 _TABLE = "a table that is read here: write it as .parquet or .csv"
 _UNPACK = "what is in it: unpack it, and name that"
 
-# What holds texts in a form that is no prose, and what makes it readable.
+# Formats that hold texts but are not prose, and the way to make each readable.
 _NEEDED_FOR = {
     ".json": "one JSON object a line: name it .jsonl if it is that already, else jq -c '.[]' "
     "makes lines of a list",
@@ -34,14 +34,14 @@ _NEEDED_FOR = {
 
 
 def suffixes(name: str | Path) -> tuple[str, str]:
-    """What a name ends in, in small letters: the format's suffix, and that of compression."""
+    """Return the endings of a name in small letters: the format's suffix, and the compression's."""
     plain = Path(name).name.lower()
     packed = next((suffix for suffix in PACKED if plain.endswith(suffix)), "")
     return Path(plain.removesuffix(packed)).suffix, packed
 
 
 def refusal(path: Path) -> str | None:
-    """Why a file of that name is not read, and what to do; None if it is."""
+    """Say why a file of that name is not read, and what to do; None where it is read."""
     suffix, packed = suffixes(path)
     if suffix == ".parquet" and packed:
         return f"found .parquet inside {packed}, needed the .parquet itself: unpack it"
@@ -50,7 +50,7 @@ def refusal(path: Path) -> str | None:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file for reading; what is compressed is unpacked as it is read."""
+    """Open a file for reading; compressed content is unpacked as it is read."""
     _, packed = suffixes(path)
     if packed == ".gz":
         return cast(BinaryIO, gzip.open(path))
@@ -64,8 +64,8 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def is_torn(path: Path, error: Exception) -> bool:
-    """Whether an error while reading says that what is compressed is broken."""
-    # An OSError of the system has a number.
+    """Return whether an error while reading means that the compressed content is broken."""
+    # An OSError that comes from the system has a number.
     broken = isinstance(error, EOFError | zlib.error) or (
         isinstance(error, OSError) and error.errno is None
     )
@@ -73,7 +73,7 @@ def is_torn(path: Path, error: Exception) -> bool:
 
 
 def tally(names: Iterable[str | Path]) -> str:
-    """What names end in, and how often, the most frequent first."""
+    """Count the endings of names, and list them with the most frequent first."""
     counts = Counter("".join(suffixes(name)) or "no suffix" for name in names)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     words = [f"{suffix} {count}" for suffix, count in ordered[:6]]

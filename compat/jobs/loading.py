@@ -1,4 +1,4 @@
-"""The model that the command embeds with: loaded and tried on one word, or one line why not."""
+"""Load the command's model and try it on one word, or say in one line why it cannot be used."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def load_model(path: str | None, dtype: str, device: str | None) -> SentenceTran
     """Load a model that can embed; without a path, the default one.
 
     Raises:
-        VerticalChunkingError: There is no such device or model, it is broken, too large, or none
-            that reads in chunks.
+        VerticalChunkingError: There is no such device or model, or the model is broken, is too
+            large, or does not read in chunks.
     """
     _check_device(device)
     kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
@@ -44,19 +44,19 @@ def load_model(path: str | None, dtype: str, device: str | None) -> SentenceTran
 
 
 def label(path: str | None) -> str | None:
-    """What stderr says of the default model; None for any other."""
+    """Return the line about the default model for stderr; None for any other model."""
     return f"Default model, {WEIGHTS_LABEL}" if path is None else None
 
 
 def is_of_memory(error: BaseException) -> bool:
-    """Whether it says that the memory of the machine or of its device was not enough."""
+    """Return whether an error means that the memory of the machine or its device was too small."""
     # On a CPU, torch raises a plain RuntimeError.
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
 
 def too_little_memory() -> VerticalChunkingError:
-    """The error for a command that has no room at all."""
+    """Return the error for a command that does not have room for even one chunk."""
     return VerticalChunkingError(
         "too little memory",
         "room for the model and for one chunk of a batch",
@@ -65,7 +65,7 @@ def too_little_memory() -> VerticalChunkingError:
 
 
 def in_short(error: BaseException) -> str:
-    """Its kind and its first sentence, on one line."""
+    """Return an error's kind and its first sentence, on one line."""
     sentence = " ".join(str(error).split()).split(". ")[0].rstrip(".")
     text = textwrap.shorten(sentence, 200, placeholder=" ...")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -76,7 +76,7 @@ def _check_device(device: str | None) -> None:
         return
     reason = ""
     try:
-        # The device "meta" takes numbers and gives none back.
+        # The device "meta" accepts numbers and returns none.
         torch.zeros(1, device=torch.device(device)).cpu()
         return
     except Exception as error:
@@ -84,7 +84,7 @@ def _check_device(device: str | None) -> None:
     there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         there.append("mps")
-    # For a name that is none, torch recites all that it knows.
+    # For an unknown name, torch lists all names that it knows.
     found = f"--device {device}" + (f" ({reason})" if len(reason) < 100 else "")
     raise VerticalChunkingError(
         found,
@@ -94,7 +94,7 @@ def _check_device(device: str | None) -> None:
 
 
 def _not_loaded(path: str, error: Exception) -> VerticalChunkingError:
-    """Why a model cannot be loaded, and what helps."""
+    """Say why a model cannot be loaded, and what helps."""
     from safetensors import SafetensorError
 
     if is_of_memory(error):
@@ -120,10 +120,10 @@ def _not_loaded(path: str, error: Exception) -> VerticalChunkingError:
 
 @contextmanager
 def _weights_that_lack(path: str) -> Iterator[None]:
-    """Raise where a file lacks weights, which the release fills with random numbers and a warning.
+    """Raise where a file lacks weights; the release would warn and fill them with random numbers.
 
     Raises:
-        VerticalChunkingError: Naming some of them.
+        VerticalChunkingError: Weights are missing; the message names some of them.
     """
     released: Any = vars(PreTrainedModel)["from_pretrained"].__func__
     missing: set[str] = set()
@@ -145,7 +145,7 @@ def _weights_that_lack(path: str) -> Iterator[None]:
 
 
 def _what_is_there(path: Path) -> str | None:
-    """Why this cannot be the folder of a model; None if it can."""
+    """Say why this cannot be the folder of a model; None if it can."""
     if not path.exists():
         return "where nothing is"
     if not path.is_dir():
@@ -156,7 +156,7 @@ def _what_is_there(path: Path) -> str | None:
 
 
 def _try(model: SentenceTransformer, path: str) -> None:
-    """Let the model read one word, since what fails here would fail for every text."""
+    """Let the model read one word, since a failure here would happen for every text."""
     try:
         _need_no_padding_token(model, path)
         with compat.vertical_chunking():
@@ -170,7 +170,7 @@ def _try(model: SentenceTransformer, path: str) -> None:
     except VerticalChunkingError as error:
         if "without vertical_chunk_size" not in error.remedy:
             raise
-        # The command has no other way.
+        # The command has no other way than chunks.
         remedy = "give --model another model"
         raise type(error)(f"{path}, {error.found}", error.needed, remedy) from error
     except Exception as error:
@@ -178,7 +178,7 @@ def _try(model: SentenceTransformer, path: str) -> None:
             raise too_little_memory() from error
         if isinstance(error, ValueError) and "makes no token" in str(error):
             if set(model.tokenizer.get_vocab()) - set(model.tokenizer.all_special_tokens):
-                return  # It may have tokens for other texts.
+                return  # The tokenizer may have tokens for other texts.
             raise VerticalChunkingError(
                 f"{path}, with a tokenizer of special tokens alone",
                 "the files of the tokenizer beside those of the model",
@@ -193,7 +193,7 @@ def _try(model: SentenceTransformer, path: str) -> None:
 
 
 def _need_no_padding_token(model: SentenceTransformer, path: str) -> None:
-    """Let another special token stand for padding, which no embedding depends on."""
+    """Let another special token stand for padding, since no embedding depends on it."""
     tokenizer: Any = getattr(model, "tokenizer", None)
     if tokenizer is None or getattr(tokenizer, "pad_token", "") is not None:
         return

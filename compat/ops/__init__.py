@@ -1,4 +1,4 @@
-"""Operators of recurrent models that are fast on a CPU, and what they run on."""
+"""Operators of recurrent models that are fast on a CPU, and the choice of what they run on."""
 
 from compat.ops import compiled, mamba1, mamba2, mamba2_native, mamba2_scan, rwkv4, waiting
 from compat.ops.chosen import Backend, backend, describe, using

@@ -1,4 +1,4 @@
-"""What the ops run on: the native kernels or plain torch, as chosen."""
+"""Choose what the ops run on: the native kernels or plain torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def using(backend: Backend) -> Iterator[None]:
 
     Raises:
         ValueError: There is no such backend.
-        RuntimeError: The native kernels are not to be had.
+        RuntimeError: The native kernels are not available.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}; found {backend!r}.")
@@ -45,25 +45,25 @@ def using(backend: Backend) -> Iterator[None]:
 
 
 def backend() -> Backend:
-    """What was chosen; else "native" where it is to be had, and "torch" where it is not."""
+    """Return what was chosen; by default "native" where it is available, else "torch"."""
     return _chosen.get() or ("torch" if compiled.library() is None else "native")
 
 
 def describe() -> str:
-    """In one line: the native kernels and how they were built, or plain torch and why."""
+    """Describe in one line the native kernels and how they were built, or why torch is used."""
     if compiled.library() is None:
         return f"plain torch, as the native kernels are not to be had: {compiled.reason()}"
     return f"{'native kernels' if backend() == 'native' else 'plain torch'}, {compiled.reason()}"
 
 
 def is_native(*tensors: Tensor | None) -> bool:
-    """Whether the native kernels are chosen, and can be given these tensors."""
+    """Return whether the native kernels are chosen and accept these tensors."""
     given = [tensor for tensor in tensors if tensor is not None]
     return (
         backend() == "native"
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
         and all(
-            type(tensor) in (Tensor, nn.Parameter)  # Others need not have their data in memory.
+            type(tensor) in (Tensor, nn.Parameter)  # Other kinds may not have data in memory.
             and tensor.device.type == "cpu"
             and tensor.dtype in (torch.float32, torch.bfloat16)
             for tensor in given

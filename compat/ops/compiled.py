@@ -1,10 +1,10 @@
 """The native kernels: C++ without torch's headers, compiled on first use and kept in a cache.
 
-One small shared library is made of native/*.cpp by the system's compiler, for the vector
-instructions that torch itself found in this CPU. Its threads are those of the OpenMP pool that
-torch has loaded. Beside it in the cache lies its length and hash: a torn file, which would end the
-process when it is loaded, is made anew. Where the cache cannot be had, each process compiles for
-itself; where there is no compiler, or COMPAT_NATIVE=0, the ops run in plain torch.
+The system's compiler makes one small shared library of native/*.cpp, for the vector instructions
+that torch itself found in this CPU. Its threads are those of the OpenMP pool that torch has loaded.
+A file beside it in the cache holds its length and hash: a torn library would end the process when
+it is loaded, so it is made anew. Where the cache cannot be used, each process compiles for itself;
+where there is no compiler, or COMPAT_NATIVE=0, the ops run in plain torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent / "native"
-# No -ffast-math: NaN and infinity go through as they do in torch.
+# -ffast-math is left out, so that NaN and infinity go through as they do in torch.
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 _FLAGS += ["-fopenmp-simd", "-ffp-contract=fast", "-pthread"]
 _X86 = {
@@ -34,16 +34,16 @@ _SECONDS = 120
 
 
 class _Unavailable(Exception):
-    """Why there is no library."""
+    """Raised where there is no library; says why."""
 
 
 def library() -> ctypes.CDLL | None:
-    """The library, built where it is not yet; None where it is not to be had, see `reason`."""
+    """Return the library, built if need be; None where it is not available, see `reason`."""
     return _loaded()[0]
 
 
 def reason() -> str:
-    """In one line: how the library was built, or why it is not to be had."""
+    """Say in one line how the library was built, or why it is not available."""
     return _loaded()[1]
 
 
@@ -65,7 +65,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _compiler() -> tuple[list[str], str]:
-    """The command of the C++ compiler, and what it says about its version."""
+    """Return the command of the C++ compiler, and what it says about its version."""
     own = os.environ.get("CXX")
     for command in [shlex.split(own)] if own else [["c++"], ["g++"], ["clang++"]]:
         if command and shutil.which(command[0]):
@@ -77,10 +77,10 @@ def _compiler() -> tuple[list[str], str]:
 
 
 def _open(compiler: list[str], says: str, capability: str) -> tuple[ctypes.CDLL, str]:
-    """The library for this compiler and CPU, compiled where the cache does not have it whole.
+    """Return the library for this compiler and CPU; compile it unless the cache has it whole.
 
     Returns:
-        The library, and why it is not kept for the next process, or nothing.
+        The library, and the reason why it is not kept for the next process; empty where it is kept.
     """
     flags = [*_FLAGS, *(_X86.get(capability, []) if platform.machine() == "x86_64" else [])]
     sources = sorted(_FOLDER.glob("*.cpp"))
@@ -123,7 +123,7 @@ def _cache() -> Path:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a library in the cache has the length and the hash that lie beside it."""
+    """Return whether a cached library has the length and the hash that lie beside it."""
     beside = _beside(library)
     if not library.exists() or not beside.exists():
         return False
@@ -131,10 +131,10 @@ def _is_whole(library: Path) -> bool:
 
 
 def _keep(made: Path, kept: Path) -> None:
-    """Put a library and its sum into the cache: each of them whole, or not at all.
+    """Put a library and its sum into the cache, each of them whole or not at all.
 
-    Processes may do this at the same time. If the library of one comes to lie beside the sum of
-    another, and they differ, then the next process makes both anew.
+    Several processes may do this at the same time. If the library of one comes to lie beside the
+    sum of another, and they differ, the next process makes both anew.
     """
     kept.parent.mkdir(parents=True, exist_ok=True)
     content = made.read_bytes()
@@ -144,7 +144,7 @@ def _keep(made: Path, kept: Path) -> None:
             with written.open("wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())  # Before the rename, which may outlive a power cut alone.
+                os.fsync(file.fileno())  # The later rename may survive a power cut alone.
             written.replace(target)
 
 
@@ -167,7 +167,7 @@ def _run(command: list[str]) -> str:
 
 
 def _first_line(text: str) -> str:
-    """The first line that names an error, else the first."""
+    """Return the first line that names an error, else the first line."""
     lines = text.strip().splitlines()
     return next((line for line in lines if "error" in line), lines[0] if lines else "")
 
@@ -178,9 +178,9 @@ def _one_line(error: OSError) -> str:
 
 @functools.cache
 def runtime() -> ctypes.CDLL | None:
-    """The OpenMP runtime that torch runs on, if it has GOMP_parallel, as libgomp and libomp do."""
+    """Return the OpenMP runtime of torch, if it has GOMP_parallel, as libgomp and libomp do."""
     torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    for name in (None, str(torch_cpu)):  # A preloaded runtime comes before torch's own.
+    for name in (None, str(torch_cpu)):  # A preloaded runtime comes first.
         try:
             found = ctypes.CDLL(name)
         except OSError:

@@ -5,11 +5,11 @@ Per channel d and state n (Gu and Dao 2023, arXiv 2312.00752, equation 2, discre
 
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,     y_t = C_t . h_t + D u_t, gated by silu(z_t)
 
-A piece of time is cut into about as many blocks as a block has tokens. All blocks are scanned from
-zeros at once, token by token; then the states at the blocks' ends are passed on, block by block;
-then each token gets what its block began with, times the decay since. Decays are multiplied, never
-divided by, and are exponentials of what the recurrence has too: nothing overflows that would not
-overflow there.
+A piece of time is cut into about as many blocks as a block has tokens. First all blocks are scanned
+from zeros at once, token by token; then the states at the blocks' ends are passed on, block by
+block; then each token receives its block's initial state, times the decay since. Decays are
+multiplied, never divided by, and are exponentials that the recurrence has too, so nothing overflows
+that would not overflow in the recurrence.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from compat.ops import compiled
 from compat.ops.chosen import is_native
 
-# Numbers of (batch, dim, tokens, dstate) that exist at one time, of each of a few tensors.
+# The most numbers of (batch, dim, tokens, dstate) at one time, in each of a few tensors.
 _PIECE = 2**22
 
 
@@ -42,7 +42,9 @@ def selective_scan_fn(
     return_last_state: bool = False,
     initial_states: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """mamba-ssm's function of this name for a real A, from a state; differentiable, on any device.
+    """Compute mamba-ssm's function of this name for a real A, from a state.
+
+    It is differentiable, and runs on any device.
 
     Args:
         u: (batch, dim, seqlen).
@@ -119,7 +121,7 @@ def _check(
 
 
 def _by_groups(weight: Tensor, u: Tensor) -> Tensor:
-    """B or C of any form as (batch, groups, dstate, seqlen), a view; a constant one by channel."""
+    """Return B or C as (batch, groups, dstate, seqlen), a view; a constant one by channel."""
     if weight.ndim == 2:
         return weight[None, :, :, None].expand(len(u), -1, -1, u.shape[-1])
     return weight[:, None] if weight.ndim == 3 else weight
@@ -143,14 +145,14 @@ def _torch_scan(
     A, state = A.unflatten(0, (groups, -1)), state.unflatten(1, (groups, -1))
     outputs, start = [], 0
     while start < seqlen:
-        # Whole blocks only; what is left of a piece is cut again.
+        # Only whole blocks are taken; the rest of a piece is cut again.
         length = min(longest, seqlen - start)
         width = math.isqrt(length)
         end = start + length - length % width
         piece = [
             part[..., start:end].to(A.dtype).unflatten(-1, (-1, width)) for part in (u, delta, B, C)
         ]
-        # Tokens of a block first, then blocks: (width, blocks, batch, groups, ...).
+        # A block's tokens come first, then the blocks: (width, blocks, batch, groups, ...).
         x, dt, b, c = (part.movedim((-1, -2), (0, 1)) for part in piece)
         if delta_bias is not None:
             dt = dt + delta_bias.to(A.dtype)
@@ -205,7 +207,7 @@ def _blocks(
 
 
 class _View(ctypes.Structure):
-    """`View` of native/mamba1.cpp."""
+    """The struct `View` of native/mamba1.cpp."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -215,7 +217,7 @@ class _View(ctypes.Structure):
 
 
 class _Scan(ctypes.Structure):
-    """`Scan` of native/mamba1.cpp."""
+    """The struct `Scan` of native/mamba1.cpp."""
 
     _fields_ = (
         *((name, _View) for name in ("u", "delta", "z", "out", "B", "C")),
@@ -243,10 +245,10 @@ def _native_scan(
     assert library is not None
     batch, dim, seqlen = u.shape
     groups, dstate = B.shape[1:3]
-    # Channels side by side, as the projection after it reads them.
+    # Channels lie side by side, as the projection after the scan reads them.
     out = torch.empty(batch, seqlen, dim, dtype=u.dtype).transpose(1, 2)
     state = state.clone(memory_format=torch.contiguous_format)
-    # Views hold no reference: these tensors must live until the kernel is done.
+    # A view holds no reference, so these tensors must live until the kernel is done.
     b, c = B.float(), C.float()
     rows = [None if part is None else part.float().contiguous() for part in (A, D, delta_bias)]
     grouped = [None if part is None else part.unflatten(1, (groups, -1)) for part in (u, delta, z)]

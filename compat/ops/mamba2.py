@@ -25,18 +25,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, silu, softplus
 
-# The same as `_forward` by other means, or None where they do not serve these arguments.
+# A function that gives the same as `_forward` by other means, or None where it does not serve these
+# arguments.
 accelerated: Callable[..., tuple[Tensor, Tensor, Tensor] | None] | None = None
 
 _PIECE = 64  # Tokens; the result does not depend on it.
 
 
 class _Rows(NamedTuple):
-    """What `seq_idx` says; ids are those of a row's tokens, also at the padding beside them.
+    """The sequences and padding that `seq_idx` describes.
+
+    Padding has the id of the token beside it.
 
     Attributes:
-        real: (batch, seqlen), whether it is a token.
-        ids: (batch, seqlen).
+        real: (batch, seqlen), True at tokens, False at padding.
+        ids: (batch, seqlen), the id of each token's sequence.
         first: (batch,), the first token's position; 0 in a row without one.
         last: (batch,), the last token's position; -1 in a row without one.
     """
@@ -79,7 +82,7 @@ def mamba_split_conv1d_scan_combined(
     initial_conv_states: Tensor | None = None,
     return_final_conv_states: bool = False,
 ) -> Any:
-    """What a Mamba-2 layer does after its in_proj, with states given and taken.
+    """Compute what a Mamba-2 layer does after its in_proj, with states given and taken.
 
     The signature is that of mamba-ssm's kernel of this name, with the convolution's states.
 
@@ -203,7 +206,7 @@ def _forward(
     initial_conv_states: Tensor | None,
     piece: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op between the projections; the final states whether they are asked for or not."""
+    """Run the op between the projections; return the final states in any case."""
     batch, seqlen, _ = zxbcdt.shape
     nheads, dtype = len(dt_bias), torch.promote_types(zxbcdt.dtype, torch.float32)
     conv_dim, width = conv1d_weight.shape
@@ -221,7 +224,7 @@ def _forward(
         tail = torch.cat([history, xbc[:, max(seqlen - before, 0) :]], dim=1)
         final_conv_states = tail[:, tail.shape[1] - before :]
     else:
-        # Beside its tokens a row has the history before them, and zeros.
+        # Each row has the history before its tokens, and zeros at the other positions.
         columns = torch.arange(before, device=xbc.device)[:, None].expand(-1, conv_dim)
         xbc = pad(xbc, (0, 0, before, 0)).scatter(1, columns + rows.first[:, None, None], history)
         ids = torch.cat([rows.ids[:, :1].expand(-1, before), rows.ids], dim=1)
@@ -232,7 +235,7 @@ def _forward(
     state = zxbcdt.new_zeros(batch, nheads, headdim, grouped // ngroups, dtype=dtype)
     if initial_states is not None:
         state = initial_states.to(dtype)
-    # A group's heads side by side: (batch, ngroups, dstate, dim / ngroups).
+    # A group's heads lie side by side: (batch, ngroups, dstate, dim / ngroups).
     state = state.unflatten(1, (ngroups, -1)).permute(0, 1, 4, 2, 3).flatten(3)
 
     weight, A, dt_bias = conv1d_weight.to(dtype).t().contiguous(), A.to(dtype), dt_bias.to(dtype)
@@ -267,7 +270,7 @@ def _forward(
 
 
 def _convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None) -> Tensor:
-    """The causal convolution of (batch, width - 1 + length, conv_dim) with (width, conv_dim).
+    """Convolve (batch, width - 1 + length, conv_dim) causally with (width, conv_dim).
 
     With ids, (batch, width - 1 + length), a token does not see inputs of another sequence.
     """
@@ -286,7 +289,7 @@ def _convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor |
 def _scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One piece of the recurrence, in all heads of a group at once.
+    """Compute one piece of the recurrence, in all heads of a group at once.
 
     Args:
         x: (batch, ngroups, length, heads per group * headdim).
@@ -335,7 +338,7 @@ def _gate(
     ngroups: int,
     norm_before_gate: bool,
 ) -> Tensor:
-    """y gated by silu(z), and normed by group before or after it where there is a weight."""
+    """Gate y by silu(z), and norm it by group before or after that where there is a weight."""
     if weight is None or not norm_before_gate:
         y = y * silu(z)
     if weight is not None:

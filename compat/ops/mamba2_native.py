@@ -1,4 +1,4 @@
-"""Mamba-2's fused op on the native kernels: what `compat.ops.mamba2` takes where it can."""
+"""Mamba-2's fused op on the native kernels; `compat.ops.mamba2` calls it where it can."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COUNTS = [
 
 
 class _Arguments(ctypes.Structure):
-    """`Mamba2` of native/mamba2.cpp."""
+    """The struct `Mamba2` of native/mamba2.cpp."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in _POINTERS]
@@ -48,7 +48,7 @@ def forward(
     norm_before_gate: bool,
     initial_conv_states: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The op between the projections, without gradients, on a CPU, in float32 or bfloat16.
+    """Run the op between the projections, without gradients, on a CPU, in float32 or bfloat16.
 
     Returns:
         None where the kernels are not chosen, or do not serve these arguments. Else the output

@@ -1,6 +1,6 @@
 """Mamba-2's scan alone in plain torch, with states: mamba-ssm's `mamba_chunk_scan_combined`.
 
-The mathematics is that of `mamba2`, whose pieces it runs; it is differentiable, on any device.
+The mathematics is that of `mamba2`, whose pieces it runs. It is differentiable, on any device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def mamba_chunk_scan_combined(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba-2's scan alone.
+    """Compute Mamba-2's scan alone.
 
     Args:
         x: (batch, seqlen, nheads, headdim).
@@ -90,7 +90,7 @@ def mamba_chunk_scan_combined(
         B, C = (part.masked_fill(~rows.real[..., None, None], 0.0) for part in (B, C))
     if initial_states is None:
         initial_states = x.new_zeros(batch, nheads, headdim, dstate, dtype=dtype)
-    # A group's heads side by side: (batch, ngroups, dstate, nheads / ngroups * headdim).
+    # A group's heads lie side by side: (batch, ngroups, dstate, nheads / ngroups * headdim).
     state = initial_states.to(dtype).unflatten(1, (ngroups, -1)).permute(0, 1, 4, 2, 3).flatten(3)
     piece = min(chunk_size, mamba2._PIECE)
     outs = []

@@ -1,13 +1,13 @@
 """RWKV-4's wkv with carried state, in blocks of time: plain torch, and native on a CPU.
 
-A weighted mean of the values of all tokens so far (Peng et al. 2023, arXiv 2305.13048, equation 16;
-the state as in its appendix on numerical stability): token j counts exp(k_j - (t - 1 - j) w) at a
-later token t, and exp(k_t + first) at its own. The state is the sum of weighted values, the sum of
-weights, and the largest exponent, which both are scaled by.
+The output is a weighted mean of the values of all tokens so far (Peng et al. 2023, arXiv
+2305.13048, equation 16; the state as in its appendix on numerical stability). Token j counts
+exp(k_j - (t - 1 - j) w) at a later token t, and exp(k_t + first) at its own. The state is the sum
+of weighted values, the sum of weights, and the largest exponent, by which both are scaled.
 
-The text is cut into about as many blocks as a block has tokens. All blocks are read at once from
-an empty state, token by token; then the states at the blocks' ends are passed on, block by block;
-then each token sums its block's state and what the block began with.
+The text is cut into about as many blocks as a block has tokens. First all blocks are read at once
+from an empty state, token by token; then the states at the blocks' ends are passed on, block by
+block; then each token sums its state within the block and the block's initial state.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def rwkv_linear_attention(
     state: State | list[Tensor] | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, list[Tensor] | None]:
-    """transformers' function of this name; differentiable, on any device.
+    """Compute transformers' function of this name.
+
+    It is differentiable, and runs on any device.
 
     Args:
         time_decay: (dim,); w is its exponential.
@@ -81,11 +83,11 @@ def _torch_wkv(
 ) -> tuple[Tensor, State]:
     outputs, start, seqlen = [], 0, key.shape[1]
     while start < seqlen:
-        # Whole blocks only; what is left is cut again.
+        # Only whole blocks are taken; the rest is cut again.
         width = math.isqrt(seqlen - start)
         end = seqlen - (seqlen - start) % width
         piece = [part[:, start:end].to(decay.dtype) for part in (key, value)]
-        # Tokens of a block first, then blocks: (width, blocks, batch, dim).
+        # A block's tokens come first, then the blocks: (width, blocks, batch, dim).
         k, v = (part.unflatten(1, (-1, width)).permute(2, 1, 0, 3) for part in piece)
         y, state = _blocks(decay, first, k, v, state)
         outputs.append(y.permute(2, 1, 0, 3).flatten(1, 2))
@@ -97,10 +99,10 @@ def _torch_wkv(
 def _blocks(
     decay: Tensor, first: Tensor, key: Tensor, value: Tensor, state: State
 ) -> tuple[Tensor, State]:
-    """Read blocks that follow one another, key and value (width, blocks, batch, dim)."""
+    """Read blocks that follow one another; key and value are (width, blocks, batch, dim)."""
     width = len(key)
     zeros = torch.zeros_like(key[0])
-    own = [(zeros, zeros, zeros + _EMPTY)]  # Before each token, and after the last.
+    own = [(zeros, zeros, zeros + _EMPTY)]  # The states before each token and after the last.
     for k, v in zip(key, value, strict=True):
         numerator, denominator, maximum = own[-1]
         own.append(_sum((numerator, denominator, maximum + decay), (v, 1, k)))
@@ -119,7 +121,7 @@ def _blocks(
 
 
 def _sum(*parts: tuple[Tensor, Tensor | int, Tensor]) -> State:
-    """The sum of weighted means, each as numerator, denominator and exponent of both."""
+    """Sum weighted means, each given as numerator, denominator and exponent of both."""
     maximum = functools.reduce(torch.maximum, [exponent for *_, exponent in parts])
     above, below = torch.zeros_like(maximum), torch.zeros_like(maximum)
     for numerator, denominator, exponent in parts:
@@ -129,7 +131,7 @@ def _sum(*parts: tuple[Tensor, Tensor | int, Tensor]) -> State:
 
 
 class _Wkv(ctypes.Structure):
-    """`Wkv` of native/rwkv4.cpp."""
+    """The struct `Wkv` of native/rwkv4.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("key", "value", "out")),

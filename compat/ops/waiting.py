@@ -1,11 +1,11 @@
-"""How torch's threads wait for each other: asleep, so that no more is lost than others take.
+"""Let torch's threads wait asleep, so that they take no time from other processes.
 
-libgomp, the OpenMP runtime of torch's CPU wheels, lets a thread that waits spin for some
-milliseconds before it sleeps. Alone that saves the time of waking. Beside other processes it takes
+libgomp, the OpenMP runtime of torch's CPU wheels, lets a waiting thread spin for some milliseconds
+before it sleeps. On an idle machine that saves the time of waking. Beside other processes it takes
 the cores from the very threads that are waited for. OMP_WAIT_POLICY is read when torch is imported,
-too late for a library to set it; but where libgomp has started more threads than there are CPUs,
-it spins a three-thousandth of that (its manual, GOMP_SPINCOUNT). So a few more of its threads are
-started here, which do nothing but sleep; `python -m ci.bench.under_load` measures what it is worth.
+too late for a library to set it. But where libgomp has started more threads than there are CPUs, it
+spins a three-thousandth of that (its manual, GOMP_SPINCOUNT). So a few more of its threads are
+started here, which do nothing but sleep. `python -m ci.bench.under_load` measures the gain.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from compat.ops import compiled
 
 _lock = threading.Lock()
-_asleep = 0  # libgomp's threads that were started here
+_asleep = 0  # The number of libgomp's threads that were started here.
 
 
 def wait_asleep() -> None:
-    """See that torch's threads wait asleep, unless the environment says how they are to wait.
+    """Let torch's threads wait asleep, unless the environment sets how they wait.
 
     It is called before each pass on a CPU, as the number of threads may have changed.
     """
@@ -40,19 +40,20 @@ def wait_asleep() -> None:
             return
         try:
             _thread.start_new_thread(_sleep, (runtime, more))
-        except RuntimeError:  # No thread can be started: they wait as they did.
+        except RuntimeError:  # No thread can be started, so they wait as before.
             return
         _asleep += more
 
 
 def _missing(threads: int, cpus: int, asleep: int) -> int:
-    """How many sleeping threads libgomp needs, so that it has more threads than CPUs."""
+    """Return how many sleeping threads libgomp needs to have more threads than CPUs."""
     if threads == 1:
         return 0  # Nobody waits.
     # libgomp counts the CPUs when it is loaded, and may have counted more than there are now.
     more = max(cpus - threads, 0) + 1 - asleep
-    # Of two hardware threads of a core torch takes one. Who gives it less than that leaves cores
-    # to others; it would take many sleepers, and systems limit how many threads there are.
+    # torch uses one of the two hardware threads of a core. A user who gives it less than that
+    # leaves cores to other processes. It would take many sleepers then, and systems limit the
+    # number of threads.
     return max(more, 0) if asleep + more <= threads + 1 else 0
 
 
@@ -63,8 +64,8 @@ def _libgomp() -> ctypes.CDLL | None:
 
 
 def _sleep(runtime: Any, threads: int) -> None:
-    """Hold a team of so many threads and this one, all of them asleep, as long as the process."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # They are for others.
+    """Hold a team of so many threads and this one, all asleep, as long as the process lives."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # They are for other threads.
     pause = ctypes.cast(ctypes.CDLL(None).pause, ctypes.c_void_p)
     while True:
         runtime.GOMP_parallel(pause, None, ctypes.c_uint(threads + 1), ctypes.c_uint(0))

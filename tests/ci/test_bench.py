@@ -1,4 +1,4 @@
-"""The benchmark runs and counts right; no test looks at a time."""
+"""The benchmark runs and counts correctly; no test looks at a time."""
 
 import json
 import math
@@ -28,7 +28,7 @@ MB = 10**6
 
 
 def timings(comparison):
-    """What a comparison would give if all contenders were equally fast and large."""
+    """Yield the timings of a comparison whose contenders are equally fast and large."""
     for process in bench.comparisons(SMOKE)[comparison]:
         for contender in process:
             found = [1.0] * contender.rounds
@@ -37,7 +37,7 @@ def timings(comparison):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Nothing is run; what was asked for, and the peaks that are found, can be set."""
+    """Replace the measuring: nothing runs, requests are noted, and the peaks can be set."""
     asked = []
 
     def compete(contenders, sizes, threads):
@@ -134,7 +134,7 @@ def test_the_models_are_of_the_size_that_the_table_names():
         with torch.device("meta"):
             model = contenders.make_model.__wrapped__(model_type, sizes, "float32")
         own = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
-        heads = 2 if model_type == "rwkv" else 1  # Embeddings in and out, which RWKV does not tie.
+        heads = 2 if model_type == "rwkv" else 1  # RWKV does not tie its embeddings in and out.
         assert own + heads * published == pytest.approx(parameters, rel=0.03), model_type
 
 

@@ -1,4 +1,4 @@
-"""Whatever transformers does next, compat ends exact or refused: models on mutated sources."""
+"""Models on mutated sources: whatever transformers does next, compat ends exact or refused."""
 
 import json
 import os
@@ -42,7 +42,7 @@ SOME = [
 
 
 def run(code, *arguments):
-    """What a process prints last in which nothing has been imported."""
+    """Run code in a process that has imported nothing, and return the last thing that it prints."""
     done = subprocess.run(
         [sys.executable, *code, *arguments],
         cwd=ROOT,
@@ -70,7 +70,7 @@ def test_every_future_ends_exact_or_refused():
     assert len(judged()) == len(PAIRS)
 
 
-# What a compat does that is at fault; each in a fork, in which no model has been imported.
+# Faults of a compat; each runs in a fork that has imported no model.
 SABOTAGE = """
 import dataclasses, importlib, json, multiprocessing
 from ci.futures import trial as futures
@@ -139,7 +139,7 @@ def test_a_mutation_without_its_place_is_an_error():
 
 
 def outcomes(**changes):
-    """An unchanged model, one with a harmless change, and one with another meaning."""
+    """Make outcomes: an unchanged model, a harmless change, and a change of meaning."""
     harmless = next(name for name, m in MUTATIONS.items() if m.kind == HARMLESS != name)
     meaning = next(name for name, m in MUTATIONS.items() if m.kind == MEANING)
     numbers = {UNCHANGED: [1.0, 2.0], "harmless": [1.0, 2.0], "meaning": [1.0, 2.5]} | changes

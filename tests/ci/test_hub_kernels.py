@@ -1,4 +1,4 @@
-"""Hub kernels made of the patched forks: what is copied, what is rewritten, and what is drift."""
+"""Hub kernels made of the patched forks: files that are copied or rewritten, and drift."""
 
 import ast
 import functools
@@ -128,7 +128,7 @@ def write(folder, files):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A repository with one fork and one hub kernel."""
+    """Make a repository with one fork and one hub kernel."""
     fork = tmp_path / "forks/tiny/tree"
     write(fork, FORK)
     write(tmp_path / "forks/kernels-community/tiny-hub", OURS)
@@ -143,7 +143,7 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def kernel(root):
-    """The folder of that kernel."""
+    """Return the folder of that kernel."""
     return root / "forks/kernels-community/tiny-hub"
 
 
@@ -332,12 +332,12 @@ def tree_of(name):
 
 @pytest.fixture(params=forks.kernels())
 def tree(request):
-    """One of them, as it is built."""
+    """Return the tree of a built hub kernel."""
     return tree_of(request.param)
 
 
 def schemas(tree):
-    """The ops that the bindings define, by name."""
+    """Return the ops that the bindings define, by name."""
     texts = "".join(path.read_text() for path in sorted((tree / "torch-ext").glob("*.h")))
     found = re.findall(r'\bops\.def\(((?:\s*"[^"]*")+)\);', texts)
     parsed = [torch._C.parse_schema("".join(re.findall('"(.*?)"', text))) for text in found]
@@ -361,7 +361,7 @@ def test_calls_of_ops_fit_their_schemas(tree):
 
 
 def test_a_tensor_is_marked_if_and_only_if_upstream_says_that_it_is_written_to(tree):
-    """`mutates_args` of the custom ops that call the ops, but for what the kernels only read."""
+    """Compare with `mutates_args` of the custom ops that call them, less what kernels only read."""
     for path in (tree / "torch-ext").rglob("cpp_functions.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.decorator_list:
@@ -373,7 +373,7 @@ def test_a_tensor_is_marked_if_and_only_if_upstream_says_that_it_is_written_to(t
                 marked = {
                     a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write
                 }
-                # dfinal_states is a gradient that comes in.
+                # dfinal_states is an incoming gradient.
                 assert marked == ast.literal_eval(written) - {"dfinal_states"}
 
 
@@ -394,7 +394,7 @@ def test_licences_of_all_that_is_copied_are_there(tree):
     assert all(any(name in text for text in texts) for name in names.values())
 
 
-# What kernel-builder generates for the bindings, as far as they use it.
+# The code that kernel-builder generates for the bindings, as far as they use it.
 REGISTRATION = """
 #include <Python.h>
 #define TORCH_LIBRARY_EXPAND(NAME, MODULE) TORCH_LIBRARY(NAME, MODULE)
@@ -409,10 +409,10 @@ REGISTRATION = """
 
 
 def compiled(sources, folder, *options):
-    """Object files, by the compiler of `options` or g++, against torch and the limited API."""
+    """Compile object files with the compiler of `options` or g++, for torch and the limited API."""
     torch_headers = Path(torch.__file__).parent / "include"
     (folder / "c10/cuda/impl").mkdir(parents=True, exist_ok=True)
-    (folder / "c10/cuda/impl/cuda_cmake_macros.h").touch()  # Not in torch's build for CPUs.
+    (folder / "c10/cuda/impl/cuda_cmake_macros.h").touch()  # torch's build for CPUs lacks it.
     (folder / "registration.h").write_text(REGISTRATION)
     headers = [folder, torch_headers, torch_headers / "torch/csrc/api/include"]
     headers += [sysconfig.get_path("include")]
@@ -426,7 +426,7 @@ def compiled(sources, folder, *options):
 
 
 def loaded(name, library):
-    """An extension some of whose functions are nowhere, as long as they are not called."""
+    """Load an extension in which functions may be undefined as long as they are not called."""
     loader = importlib.machinery.ExtensionFileLoader(name, str(library))
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY)

@@ -1,4 +1,4 @@
-"""What is said of releases that cannot do it, and how the table of releases is judged."""
+"""The verdict on releases that cannot chunk, and the judging of the table of releases."""
 
 import warnings
 
@@ -55,7 +55,7 @@ def test_the_judgement_of_errors(errors, said):
 
 
 def changed(monkeypatch, row, column, change):
-    """The chunks of compat, but for one row's hidden state at one token."""
+    """Change compat's chunks in one row's hidden state at one token."""
     released = compat.iter_chunks
 
     def chunks(*args, **kwargs):
@@ -71,7 +71,7 @@ def changed(monkeypatch, row, column, change):
     ("place", "change", "said"),
     [
         ((0, 0), 0.0, "right"),
-        # A padded row's first token, a shorter row's last, and one of a row that is neither.
+        # Change a padded row's first token, a shorter row's last, and one of a row that is neither.
         ((2, 16), 0.5, "wrong, 0.5"),
         ((2, 8), 0.5, "wrong, 0.5"),
         ((0, 35), 0.5, "wrong, 0.5"),

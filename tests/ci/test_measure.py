@@ -14,12 +14,12 @@ TOLERANCE = 4 * MB
 
 
 def allocate(megabytes, _subject=None):
-    """Fill so much memory, free it, and return how much it was."""
+    """Fill this much memory, free it, and return how much it was."""
     return np.ones(megabytes * MB, dtype=np.uint8).nbytes
 
 
 def without_clear_refs(megabytes):
-    """A set-up on a system that cannot reset the high-water mark."""
+    """Set up a system that cannot reset the high-water mark."""
     module._reset_peak = lambda: False
     return allocate(megabytes)
 
@@ -74,7 +74,7 @@ def test_a_killed_process_is_an_error_that_says_so():
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What the demo sets out to measure; a 100 token row that took 1 s and 100 MB comes first."""
+    """Collect the demo's calls of measure, after a row of 100 tokens that took 1 s and 100 MB."""
     calls = []
     monkeypatch.setattr(demo, "measure", lambda *args: calls.append(args) or "measured")
     before = demo.Row("short", ["text"], [np.zeros(100)], 0)

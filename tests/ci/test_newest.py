@@ -1,4 +1,4 @@
-"""What the table of the newest releases says of what was found, and when it fails."""
+"""The table of the newest releases: its verdicts, and when it fails."""
 
 import types
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_what_a_probe_raises_is_told():
     assert newest.attempted(lambda: "right") == "right"
 
 
-# What is looked at.
+# The things that are looked at.
 
 
 def test_hooks_that_go_in_and_come_out_are_right():

@@ -1,4 +1,4 @@
-"""These tests need libraries that only `nox -s downstream` installs."""
+"""Skip these tests unless the libraries are there, which only `nox -s downstream` installs."""
 
 from importlib.util import find_spec
 

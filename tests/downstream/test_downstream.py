@@ -9,7 +9,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import compat
 
-# What other libraries warn of is not for us to mend.
+# Warnings about other libraries are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
 
 TEXTS = [text(20), text(5)]
@@ -18,20 +18,20 @@ PASSED = {"vertical_chunk_size": 8}
 
 @pytest.fixture
 def whole(model):
-    """The embeddings of whole texts, by the released library."""
+    """Return the embeddings of whole texts, by the released library."""
     return model.encode(TEXTS)
 
 
 @pytest.fixture
 def saved(model, whole, tmp_path):
-    """The model's folder, without a default; compat's hooks are on."""
+    """Save the model without a default, and return the folder; compat's hooks are on."""
     compat.enable_vertical_chunking()
     return save(model, tmp_path / "saved")
 
 
 @pytest.fixture
 def saved_with_default(model, whole, tmp_path):
-    """The model's folder, with a default of 8 tokens; compat's hooks are on."""
+    """Save the model with a default of 8 tokens, and return the folder; compat's hooks are on."""
     compat.enable_vertical_chunking()
     model.vertical_chunk_size = 8
     return save(model, tmp_path / "saved")
@@ -39,7 +39,7 @@ def saved_with_default(model, whole, tmp_path):
 
 @pytest.fixture
 def widths():
-    """A list that grows by the width of every batch of tokens that any model reads."""
+    """Return a list that grows by the width of every batch of tokens that any model reads."""
     found = []
 
     def note(module, arguments):

@@ -1,4 +1,4 @@
-"""What compat asks of released code: names under decorators, and what it computes."""
+"""The contract between compat and released code: names under decorators, and its results."""
 
 import functools
 import threading
@@ -101,7 +101,7 @@ def test_figures_that_differ_are_named():
 
 
 def test_what_calls_kernels_for_a_gpu_is_asked_in_torch():
-    """As transformers finds mamba-ssm: its function in front, that in torch beneath."""
+    """Do as transformers, which puts mamba-ssm's function before its own in torch."""
     module = ModuleType("released")
     source = """
 import functools
@@ -182,12 +182,12 @@ def test_building_a_tiny_model_draws_from_a_generator_of_its_own(model_type):
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
 
-# What is done with what was found.
+# Consequences of the findings.
 
 
 @pytest.fixture
 def asked_anew(monkeypatch):
-    """Each mixer, scan and class of models is asked again in this test."""
+    """Check each mixer, scan and class of models anew in this test."""
     monkeypatch.setattr(exact, "_classes", {})
     mamba2_probe.of_mixer.cache_clear()
     yield
@@ -241,7 +241,7 @@ SCAN = modeling_mamba2.mamba2_chunk_scan
 
 @pytest.mark.usefixtures("asked_anew")
 def test_a_family_that_does_not_continue_is_refused_alone(monkeypatch):
-    """Bamba's released scan begins from zeros: neither it nor its mixer can be taken for ours."""
+    """Let Bamba's scan begin from zeros: neither it nor its mixer may be taken for ours."""
     from transformers.models.bamba import modeling_bamba
 
     monkeypatch.setattr(modeling_bamba, "mamba2_chunk_scan", functools.wraps(SCAN)(scan_from_zeros))
@@ -295,7 +295,7 @@ def test_a_scan_that_is_not_linear_in_its_state_is_not_continued(monkeypatch):
             assert torch.equal(model(ids, use_cache=False).last_hidden_state, wanted)
 
 
-# What the status says of versions.
+# The status, about versions.
 
 
 @pytest.mark.parametrize("library", _report.TESTED)

@@ -1,4 +1,4 @@
-"""What is special to one family, beside the laws that the common suites hold all of them to."""
+"""Fixes for single families, beyond the laws that the common suites hold all families to."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ def in_one_pass(model, ids, **kwargs):
 
 
 def recurrence(x, dt, A, B, C, state, D=None, z=None, delta_bias=None, delta_softplus=False):
-    """Token by token: h = exp(dt A) h + dt B x, y = C . h + D x, gated by silu(z)."""
+    """Compute token by token: h = exp(dt A) h + dt B x, y = C . h + D x, gated by silu(z)."""
     if delta_bias is not None:
         dt = dt + delta_bias[:, None]
     if delta_softplus:
@@ -62,7 +62,7 @@ def in_dtype(dtype, arguments):
 
 
 def kernel(hidden_states, dt, A, B, C, return_last_state=False, **options):
-    """Like mamba-ssm's selective_scan_fn: from zeros, computes in float32, returns x's dtype."""
+    """Compute like mamba-ssm's selective_scan_fn: from zeros, in float32; return x's dtype."""
     arguments = {"x": hidden_states, "dt": dt, "A": A, "B": B, "C": C} | options
     state = torch.zeros(*hidden_states.shape[:2], A.shape[1])
     out, last = recurrence(**in_dtype(torch.float32, arguments), state=state)
@@ -111,7 +111,7 @@ def test_a_mamba_scan_begins_from_a_state(scan, dtype, optional, use_softplus, s
 
     wanted, last = recurrence(**in_dtype(torch.float64, arguments), state=state.double())
     with pytest.MonkeyPatch.context() as patch:
-        if scan is kernel:  # Where mamba-ssm is installed, its arithmetic is the kernel's.
+        if scan is kernel:  # If mamba-ssm is installed, it is the kernel's.
             patch.setattr(mamba1, "find_spec", lambda _: object())
         token = mamba1._scans.set(mamba1._Scans(None, iter([state]), on_ops=False))
         try:
@@ -140,13 +140,13 @@ def test_without_a_state_the_scan_is_the_released_one():
 
 # The ops of `compat.ops` in place of loops over tokens.
 
-# What the released module's loop is called.
+# The name of the loop in the released module.
 LOOPS = dict.fromkeys(mamba1.MIXERS, "mamba_selective_scan") | {"rwkv": "rwkv_linear_attention"}
 
 
 @pytest.fixture
 def count_loops(monkeypatch):
-    """How often a model type's released loop over tokens is called, once compat knows it."""
+    """Count the calls of a model type's released loop over tokens, once compat knows it."""
 
     def watch(model_type):
         name, calls = LOOPS[model_type], []
@@ -214,7 +214,7 @@ def test_elsewhere_the_released_loop_runs(model_type, where, count_loops):
 
 
 def recurrent_state(cache):
-    """The tensors that the recurrence runs on, whatever the model's cache is."""
+    """Return the tensors that the recurrence runs on, in any model's cache."""
     if isinstance(cache, list):  # rwkv: two token shifts, then numerator, denominator, maximum.
         return cache[2:]
     if hasattr(cache, "rnn_state"):
@@ -227,7 +227,7 @@ def recurrent_state(cache):
     return [part for states in layers for part in states.values() if part is not None]
 
 
-# Layers that are convolutions only; what zaya calls recurrent is the hidden state of a token.
+# Layers that are convolutions only; zaya's "recurrent" is the hidden state of a token.
 NO_RECURRENCE = [
     "inkling2_loop_text", "inkling2_text", "inkling_text", "lfm2", "lfm2_moe", "lfm3", "zaya",
 ]  # fmt: skip
@@ -255,17 +255,20 @@ def _distances(hidden, exact):
 
 
 def _picks(model):
-    """Whether a router or an indexer picks: rounding may flip a pick, and then costs up to 1."""
+    """Return whether a model has a router or an indexer.
+
+    Rounding may flip its pick, which then costs up to 1.
+    """
     parts = re.compile(r"experts|router|indexer")
     return any(parts.search(name) for name, _ in model.named_modules())
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_chunks_in_bfloat16_are_as_near_to_float32_as_one_pass_is(model_type):
-    """Cosine distance of each token: the median always; the mean where no pick can flip.
+    """Compare each token's cosine distance: the median always, the mean where no pick can flip.
 
     A flipped pick moves single tokens by more than all rounding does, in the full pass and in
-    chunks alike but not the same ones: there the mean is a matter of luck, and is not compared.
+    chunks alike, but not the same tokens. Then the mean is a matter of luck, and is not compared.
     """
     full, chunked = [], []
     for seed in range(3):
@@ -297,7 +300,7 @@ def test_chunks_in_bfloat16_are_as_near_to_float32_as_one_pass_is(model_type):
 @pytest.mark.parametrize("size", [1, 5, 16])
 def test_xlstm_of_any_head_dims(sizes, size):
     model, ids = tiny_model("xlstm", **sizes), tokens(2, 40)
-    with pytest.raises(RuntimeError):  # As of transformers 5.23.0; the reason for a cache of ours.
+    with pytest.raises(RuntimeError):  # In transformers 5.23.0; so the cache is ours.
         in_one_pass(model, ids, use_cache=True)
     wanted = in_one_pass(model, ids, use_cache=False)
     assert error(streamed(model, ids, size), wanted) <= CHUNKED[torch.float32]
@@ -305,7 +308,7 @@ def test_xlstm_of_any_head_dims(sizes, size):
 
 def test_xlstm_in_bfloat16_runs_without_a_cache_after_enable():
     model, ids = tiny_model("xlstm", dtype=torch.bfloat16), tokens(2, 40)
-    with pytest.raises(RuntimeError, match="dtype"):  # As of transformers 5.23.0.
+    with pytest.raises(RuntimeError, match="dtype"):  # In transformers 5.23.0.
         in_one_pass(model, ids, use_cache=False)
     with compat.vertical_chunking():
         found = in_one_pass(model, ids, use_cache=False)
@@ -319,7 +322,7 @@ def test_xlstm_in_bfloat16_runs_without_a_cache_after_enable():
 
 
 def test_rwkv_reads_a_batch_whose_first_chunk_is_one_token():
-    """A text of one token, or padding on the left that leaves one token to the first chunk."""
+    """Read one token, and padding on the left that leaves one token to the first chunk."""
     model = tiny_model("rwkv")
     ids = tokens(3, 9)
     found = streamed(model, ids[:, :1])

@@ -1,7 +1,7 @@
-"""flash-linear-attention's own models: the laws, and those of them that cannot be continued.
+"""flash-linear-attention's own models: the laws, and the models that cannot be continued.
 
-Without a GPU its kernels are run by Triton's interpreter, some second for a pass: rows are few and
-short, and what each of them gives alone is computed once.
+Without a GPU its kernels are run by Triton's interpreter, which takes a few seconds for a pass. So
+rows are few and short, and each row's result alone is computed once.
 """
 
 import functools
@@ -25,19 +25,19 @@ for package in ("fla", "triton"):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f'needs {package}: pip install ".[fla]"', allow_module_level=True)
 if not GPU:
-    if os.environ.get("TRITON_INTERPRET") != "1":  # Read when triton is imported, by torch as well.
+    if os.environ.get("TRITON_INTERPRET") != "1":  # triton and torch read it at import.
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1: nox -s test-fla", allow_module_level=True)
     from triton.runtime.autotuner import Autotuner
 
     tune = Autotuner.__init__
 
     def take_the_first(self, fn, arg_names, configs, key, *args, **kwargs):
-        """To choose between configurations needs a device to time them on."""
+        """Take the first configuration, as choosing one needs a device to time them on."""
         tune(self, fn, arg_names, configs[:1], [], *args, **kwargs)
 
     Autotuner.__init__ = take_the_first
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # It has no GPU, and says so.
+    warnings.simplefilter("ignore")  # It has no GPU, and warns of that.
     import fla.models
 # The import takes these names for fla's models; the other tests mean those of transformers.
 for name in ("mamba", "mamba2"):
@@ -54,7 +54,7 @@ CONFIGS = {
     for name in fla.models.__all__
     if isinstance(config := getattr(fla.models, name), type) and name.endswith("Config")
 }
-# Each config takes those that it has.
+# Each configuration takes the settings that it has.
 TINY = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -93,7 +93,7 @@ TEXTS = tokens(sum(LENGTHS)).to(DEVICE).split(LENGTHS)
 
 @functools.cache
 def tiny(model_type, dtype=torch.float32):
-    """Weights drawn in float32 and rounded to dtype; nothing is zero or one by luck."""
+    """Draw weights in float32 and round them to dtype; none is zero or one by default."""
     config_class = CONFIGS[model_type]
     known = inspect.signature(config_class).parameters
     settings = {name: value for name, value in TINY.items() if name in known}
@@ -116,7 +116,7 @@ def each_alone(model_type):
 
 
 def check(model_type, begins, size, rows=(0, 1, 2), right=3):
-    """Texts beginning in these columns, in chunks of this size, against each alone."""
+    """Read texts that begin in these columns in chunks of this size; compare with each alone."""
     width = max(begin + LENGTHS[row] for begin, row in zip(begins, rows, strict=True)) + right
     input_ids = tokens(len(rows) * width, seed=1).view(len(rows), width).to(DEVICE)
     mask = torch.zeros_like(input_ids)
@@ -161,7 +161,7 @@ def test_last_hidden_state_is_that_of_the_last_token(model_type):
 
 
 def test_a_model_in_bfloat16_is_no_worse_than_its_full_pass():
-    """Of RWKV the interpreter makes NaN in bfloat16, in one pass too."""
+    """Leave RWKV out: in bfloat16 the interpreter makes NaN of it, in one pass too."""
     model = tiny("gated_deltanet", torch.bfloat16)
     same_weights = type(model)(model.config).to(DEVICE).eval()
     same_weights.load_state_dict(model.state_dict())

@@ -1,4 +1,4 @@
-"""What holds for a class need not hold for the model in hand: it is exact in chunks, or refused."""
+"""Single models that differ from their class: each is exact in chunks, or refused."""
 
 import functools
 import threading
@@ -38,7 +38,7 @@ def is_exact(model, ids, wanted=None):
 
 
 def on_disk(model_type, folder):
-    """A model of which every other layer is on the disk: accelerate wraps each module's forward."""
+    """Put every other layer of a model on the disk; accelerate then wraps each module's forward."""
     tiny_model(model_type).save_pretrained(folder)
     plain = AutoModel.from_pretrained(folder)
     layers = next(name for name in ("layers", "blocks") if hasattr(plain, name))
@@ -73,7 +73,7 @@ def test_a_model_that_is_offloaded_is_exact_whenever_it_was_loaded(tmp_path, mod
 
 @torch.no_grad()
 def test_a_model_that_was_loaded_while_the_hooks_were_on_does_not_keep_them(tmp_path):
-    """Its own continuation from its own cache is the released one, which begins from zeros."""
+    """Continue from its own cache: that is the released behaviour, which begins from zeros."""
     plain, load = on_disk("mamba", tmp_path)
     with compat.vertical_chunking():
         model = load()
@@ -133,7 +133,7 @@ def test_a_layer_that_stops_giving_its_state_in_the_middle_is_noticed(model_type
 
 def backwards(cls):
     class Backwards(cls):
-        """Reads in both directions, and says that it is of its parent's type."""
+        """A model that reads in both directions, with its parent's model type."""
 
         def forward(self, input_ids, **kwargs):
             output = super().forward(input_ids, **kwargs)
@@ -146,7 +146,7 @@ def backwards(cls):
 
 def renamed(cls):
     class Renamed(cls):
-        """Is what its parent is."""
+        """A model that equals its parent."""
 
     return Renamed
 
@@ -178,7 +178,7 @@ def test_a_model_whose_mixer_somebody_replaced_is_asked_itself():
         chunked(model, ids)
 
 
-# Arithmetic that depends on what runs together.
+# Arithmetic that depends on the rows and tokens that run together.
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
@@ -231,7 +231,7 @@ ROPE = {
 
 
 def with_rope(model_type, kind, limit):
-    """A tiny model with rotary embeddings of a type, trained for `limit` tokens; or None."""
+    """Make a tiny model with rotary embeddings of a type, trained for `limit` tokens; or None."""
     config = tiny_models.config(model_type)
     rope = getattr(config, "rope_parameters", None)
     if not rope:
@@ -241,7 +241,7 @@ def with_rope(model_type, kind, limit):
     by_type = {name: value for name, value in rope.items() if isinstance(value, dict)}
     for each in by_type.values() or [rope]:
         if by_type:
-            each.pop("partial_rotary_factor", None)  # Of the type that is replaced.
+            each.pop("partial_rotary_factor", None)  # It belongs to the replaced type.
         width = getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None)
         width = width or config.hidden_size // config.num_attention_heads
         if not hasattr(config, "qk_rope_head_dim"):
@@ -262,7 +262,7 @@ def test_rotary_embeddings_of_any_type_are_exact(model_type, kind):
     model = with_rope(model_type, kind, limit=16)
     if model is None:
         pytest.skip("it has no rotary embeddings")
-    # A row gives what it gives alone, in a model that has met no other text.
+    # A row must give what it gives alone, in a model that has met no other text.
     rows = [(tokens(1, n), n) for n in (60, 15, 16, 17, 37)]
     wanted = [whole(with_rope(model_type, kind, limit=16), ids) for ids, _ in rows]
     batch = torch.zeros(len(rows), 60, dtype=torch.int64)

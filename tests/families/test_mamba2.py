@@ -1,6 +1,6 @@
 """The fused path of Mamba2 on a CPU: when it is taken, and that its wiring is exact.
 
-The op itself: tests/ops/test_mamba2.py.
+tests/ops/test_mamba2.py tests the op itself.
 """
 
 import functools
@@ -30,7 +30,7 @@ backends = pytest.mark.parametrize("backend", ["torch", "native"])
 
 @contextmanager
 def on(backend):
-    """The mixers that take the fused path, which runs on this backend."""
+    """Run the fused path on this backend, and yield the list of the mixers that take it."""
     if backend == "native" and ops.compiled.library() is None:
         pytest.skip(ops.compiled.reason())
     calls = []
@@ -41,7 +41,7 @@ def on(backend):
         return run(mixer, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, ops.using(backend):
-        for model_type in ALL:  # Each is asked once whether it is exact, by runs of its own.
+        for model_type in ALL:  # Each is compared once, by runs of its own.
             backbone_of(cached_model(model_type))
         patch.setattr(mamba2, "portable", spied)
         yield calls
@@ -81,7 +81,7 @@ def test_chunks_are_what_transformers_gives(model_type, backend, lengths, size):
 @pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.01, 0.4)], ids=["open", "clamped"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_chunks_are_the_float64_recurrence(backend, dtype, limit, width):
-    """And are no further from it than transformers' own."""
+    """Compare with the recurrence, and be no further from it than transformers' own path."""
     odd = {"num_heads": 3, "hidden_size": 27, "head_dim": 18, "n_groups": 1, "state_size": 7}
     shape = odd if limit[0] else {}
     model = cached_model(
@@ -173,7 +173,7 @@ def kernelized(model):
 HOLE = torch.ones(2, 21, dtype=torch.long)
 HOLE[1, 9:12] = 0
 
-# What is left to transformers: the model's options, what is done to it, and the call's mask.
+# Cases that are left to transformers: options of the model, changes to it, and the call's mask.
 ELSE = {
     "float64": ({"dtype": torch.float64}, None, None),
     "another activation": ({"hidden_act": "gelu"}, None, None),

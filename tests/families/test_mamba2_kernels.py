@@ -1,7 +1,7 @@
-"""The fused path of Mamba2: what it is made of, when it is taken, and that its wiring is exact.
+"""The fused path of Mamba2 on a GPU: its parts, when it is taken, and that its wiring is exact.
 
-Stand-ins in plain torch have the place of the packages, which need a GPU; the kernels themselves
-are run in tests/kernels/test_fused_model.py. What runs on a CPU: tests/families/test_mamba2.py.
+Stand-ins in plain torch replace the packages, which need a GPU; tests/kernels/test_fused_model.py
+runs the kernels themselves. tests/families/test_mamba2.py is about the path on a CPU.
 """
 
 import functools
@@ -34,7 +34,7 @@ from compat.families.lookup import FAMILIES
 cached_model = functools.cache(tiny_model)
 ALL = sorted(mamba2.MIXERS)
 for model_type in ALL:
-    # At its import a model takes the packages that are there; so it is done before the stand-ins.
+    # At its import a model takes the packages that are there, so this precedes the stand-ins.
     importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
 
 
@@ -49,7 +49,7 @@ def _own_path_on_a_cpu():
 
 def scan(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None,
          dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False):  # fmt: skip
-    """`mamba_chunk_scan_combined` of mamba-ssm, in plain torch."""
+    """Compute `mamba_chunk_scan_combined` of mamba-ssm in plain torch."""
     y, final = modeling_mamba2.mamba2_chunk_scan(
         x, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, initial_states=initial_states,
         dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_states=True,
@@ -60,7 +60,7 @@ def scan(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_state
 
 
 def rmsnorm(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
-    """`rmsnorm_fn` of mamba-ssm, in plain torch: rounded once, at the end."""
+    """Compute `rmsnorm_fn` of mamba-ssm in plain torch, rounded once, at the end."""
     assert bias is None
     assert not norm_before_gate
     gated = (x.float() * silu(z.float())).unflatten(-1, (-1, group_size))
@@ -72,7 +72,7 @@ def split(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, initial
           dt_limit=(0.0, float("inf")), return_final_states=False, activation="silu",
           rmsnorm_weight=None, rmsnorm_eps=1e-6, headdim=None, ngroups=1, norm_before_gate=True,
           initial_conv_states=None):  # fmt: skip
-    """`mamba_split_conv1d_scan_combined` with a conv state, in plain torch."""
+    """Compute `mamba_split_conv1d_scan_combined` with a conv state, in plain torch."""
     heads, conv_dim = len(D), len(conv1d_weight)
     inner = heads * headdim
     z, xbc, dt = zxbcdt.split([inner, conv_dim, heads], -1)
@@ -116,7 +116,7 @@ def module_of(name, functions):
 
 @contextmanager
 def packages(ssd=SSD, conv=CONV, norm=NORM, on_gpu=True):
-    """Packages with these functions (None: not there), and the calls of what is made of them."""
+    """Put packages with these functions in place (None: absent); yield the calls of the path."""
     given = {
         "mamba_ssm": ssd,
         f"{TRITON}.ssd_combined": ssd,
@@ -135,14 +135,14 @@ def packages(ssd=SSD, conv=CONV, norm=NORM, on_gpu=True):
 
 
 def report():
-    """The line of the status that is about the fused path."""
+    """Return the line of the status about the fused path."""
     head = "fused path of Mamba2 on a GPU: "
     (line,) = (line for line in str(compat.status()).splitlines() if line.startswith(head))
     assert line == f"{head}{compat.status().fused}"
     return line.removeprefix(head)
 
 
-# What is reported.
+# The report.
 
 
 def test_released_packages_are_composed():
@@ -222,7 +222,7 @@ def test_a_package_that_cannot_be_imported_is_a_reason_and_no_error(
 
 @pytest.mark.parametrize("model_type", ALL)
 def test_the_installed_transformers_has_the_mixers_that_are_known(model_type):
-    """Where this fails, the message has the case and the figures in which they differ."""
+    """Fail with the case and the figures in which they differ."""
     assert mamba2.on_cpu(model_type) == ""
 
 
@@ -242,7 +242,7 @@ def test_a_mixer_that_computes_something_else_is_left_alone(monkeypatch):
     assert not calls
 
 
-# When it is taken.
+# The calls that take it.
 
 
 def in_chunks(model, ids=None, size=10, mask=None):
@@ -288,7 +288,7 @@ def hooked(name):
 
 
 def moved(name):
-    """As accelerate does it: the weights come when the module's own forward is called."""
+    """Do as accelerate: the weights come when the module's own forward is called."""
 
     def change(model):
         module = model.layers[0].mixer.get_submodule(name)
@@ -298,7 +298,7 @@ def moved(name):
 
 
 def kernelized(model):
-    """As the kernels package does it."""
+    """Do as the kernels package."""
     function = nn.Module()
     function.forward = lambda: None
     vars(model.layers[0].mixer)["_kernel_funcs"] = {"causal_conv1d_fn": function}
@@ -341,7 +341,7 @@ def test_what_the_kernels_cannot_do_exactly_takes_transformers_own_path(case):
 def test_a_group_of_channels_that_is_too_large_for_the_norm_takes_transformers_own_path(
     monkeypatch,
 ):
-    # 32 channels of 4 bytes.
+    # The limit holds 32 channels of 4 bytes.
     with packages() as calls:
         monkeypatch.setattr(mamba2, "_NORM_BYTES", 128)
         in_chunks("mamba2")
@@ -413,7 +413,7 @@ def test_without_a_cache_transformers_own_path_is_taken():
 
 @contextmanager
 def taken():
-    """As while a chunk goes through."""
+    """Hold the patches as while a chunk is run."""
     with mamba2.PATCHED["mamba2"], in_chunk():
         yield
 
@@ -461,7 +461,7 @@ def _fail(x, dt, A, B, C, chunk_size, D, initial_states, return_final_states, dt
     raise ZeroDivisionError
 
 
-# That it is exact.
+# Its results are exact.
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -482,7 +482,7 @@ def test_it_gives_what_transformers_gives(model_type, kind, lengths, size):
 @pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.01, 0.4)], ids=["open", "clamped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_is_the_float64_recurrence(kind, limit, dtype):
-    # An odd number of heads: the convolution's inputs are not aligned.
+    # With an odd number of heads the convolution's inputs are not aligned.
     odd = {"num_heads": 3, "hidden_size": 24, "n_groups": 1}
     shape = odd if limit[0] else {}
     model = cached_model("mamba2", dtype=dtype, time_step_limit=limit, use_bias=True, **shape)
@@ -501,7 +501,7 @@ def test_it_is_the_float64_recurrence(kind, limit, dtype):
 @pytest.mark.parametrize("sizes", [[9], [2, 2, 3], [12, 2], [2, 12]], ids=str)
 @pytest.mark.parametrize("width", [2, 3, 4])
 def test_the_states_in_the_cache_are_those_of_transformers(kind, sizes, width):
-    """Also where a chunk is shorter than the convolution is wide."""
+    """Include a chunk that is shorter than the convolution is wide."""
     model = cached_model("mamba2", conv_kernel=width)
     ids = tokens(2, sum(sizes))
     own = state_after(model, ids, sizes)
@@ -534,7 +534,7 @@ def test_a_cache_goes_from_one_path_to_the_other_in_the_middle_of_a_text():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["in_proj", "out_proj"])
 def test_a_projection_that_is_wrapped_is_called(kind, name):
-    """As an adapter does it."""
+    """Wrap as an adapter does."""
     model = tiny_model("mamba2")
     hooked(name)(model)
     own = in_chunks(model)
@@ -547,7 +547,7 @@ def test_a_projection_that_is_wrapped_is_called(kind, name):
 
 @pytest.mark.parametrize("heads", [8, 4])
 def test_the_convolution_gets_its_arguments_as_the_kernel_takes_them(heads):
-    """Channels side by side, in steps of 8, else the kernel refuses; copied only if they are not.
+    """Give channels side by side, in steps of 8, or the kernel refuses; copy only if they are not.
 
     With 4 heads the projection has 164 channels, with 8 heads 168.
     """

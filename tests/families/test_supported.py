@@ -1,4 +1,4 @@
-"""The registry of model families is complete against the transformers that is installed."""
+"""The registry of model families is complete for the installed transformers."""
 
 import functools
 import inspect
@@ -20,7 +20,8 @@ RECURRENT_LAYERS = {
     for name, layer in DYNAMIC_LAYER_TYPE_MAPPING.items()
     if issubclass(layer, LinearAttentionCacheLayerMixin)
 }
-# Models whose default config has no recurrent layer, or that have a state of their own.
+# This finds models too whose default config has no recurrent layer, or that keep a state of their
+# own.
 STATE_IN_SOURCE = re.compile(
     r"LinearAttention|linear_cache|create_recurrent|(conv|recurrent|rnn|ssm)_states?\b"
 )
@@ -28,14 +29,14 @@ STATE_IN_SOURCE = re.compile(
 
 @functools.cache
 def source(config_class):
-    """The text of the modeling modules beside a config class."""
+    """Return the text of the modeling modules beside a config class."""
     # A folder without a model has an empty text.
     folder = Path(inspect.getfile(config_class)).parent
     return "".join(path.read_text() for path in sorted(folder.glob("modeling_*.py")))
 
 
 def parts(config):
-    """A config and those that it is made of."""
+    """Yield a config and those that it is made of."""
     yield config
     for name in config.sub_configs or ():
         if isinstance(part := getattr(config, name, None), PreTrainedConfig):
@@ -51,12 +52,12 @@ def is_recurrent(config):
 
 @functools.cache
 def recurrent_types():
-    """Model types that are, or contain, a model with recurrent state; and those not looked into."""
+    """Return the model types that are or contain a recurrent model, and those not looked into."""
     found, unknown = set(), set()
     for model_type, config_class in CONFIG_MAPPING.items():
         try:
             config = config_class()
-        except Exception:  # Whatever a config asks for that has no defaults.
+        except Exception:  # A config may ask for anything that has no default.
             unknown.add(model_type)
             continue
         if any(map(is_recurrent, parts(config))):

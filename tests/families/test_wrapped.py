@@ -1,6 +1,6 @@
-"""Wrappers of PEFT and torch.compile are seen through where that is exact; else a way out is told.
+"""Wrappers of PEFT and torch.compile are seen through where that is exact; else a remedy is named.
 
-What behaves as PEFT's classes do stands for them; where PEFT is installed, it is asked as well.
+Stand-ins behave as PEFT's classes do; where PEFT is installed, it is tested as well.
 """
 
 from types import SimpleNamespace
@@ -17,19 +17,19 @@ import compat
 
 FAMILIES = ["mamba", "mamba2", "rwkv", "zamba2"]
 METHODS = ["encode", "encode_query", "encode_document"]
-ADAPTED = ("in_proj", "key")  # Layers that every family here has one of.
+ADAPTED = ("in_proj", "key")  # Every family here has a layer of one of these names.
 TEXTS = [text(n) for n in (30, 17)]
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled():
-    """What torch.compile returns runs as it is: to trace all these models would take minutes."""
+    """Run compiled models as they are, because tracing all of them would take minutes."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer with something of low rank beside it, and dropout."""
+    """A linear layer with a low-rank addition and dropout."""
 
     def __init__(self, layer):
         super().__init__()
@@ -53,7 +53,7 @@ class AdaptedLinear(nn.Module):
 
 
 class Tuner(nn.Module):
-    """Puts the adapter's layers in, as PEFT's LoraModel does."""
+    """A tuner that puts the adapter's layers in, as PEFT's LoraModel does."""
 
     def __init__(self, model):
         super().__init__()
@@ -68,7 +68,7 @@ class Tuner(nn.Module):
 
 
 class DoublingTuner(Tuner):
-    """Does something of its own with what the model gives."""
+    """A tuner that changes the output of the model."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -77,7 +77,7 @@ class DoublingTuner(Tuner):
 
 
 class Adapted(nn.Module):
-    """The wrapper itself, as PEFT's PeftModel is."""
+    """The wrapper itself, like PEFT's PeftModel."""
 
     def __init__(self, model, tuner=Tuner, **config):
         super().__init__()
@@ -111,7 +111,7 @@ class Around(nn.Module):
 
 
 def compiled(model):
-    """What torch.compile returns; the eager backend traces, and generates no code."""
+    """Compile a model; the eager backend traces, and generates no code."""
     return torch.compile(model, backend="eager")
 
 
@@ -151,7 +151,7 @@ def test_encode_reads_a_wrapped_model_in_chunks(model, wrapper, method):
     full = getattr(model, method)(TEXTS)
     compat.enable_vertical_chunking()
     assert_close(getattr(model, method)(TEXTS, vertical_chunk_size=8), full)
-    widths = record_widths(model)  # The first time the wrapper was asked, too.
+    widths = record_widths(model)  # This includes the first check of the wrapper.
     assert_close(getattr(model, method)(TEXTS, vertical_chunk_size=8), full)
     assert widths == [8, 8, 8, 6]
 
@@ -166,7 +166,7 @@ def test_chunks_of_a_model_that_was_compiled_indeed_are_exact():
 
 @pytest.mark.parametrize("begin", ["encode", "pool"])
 def test_a_model_that_comes_from_its_training_is_read_without_dropout(model, begin):
-    """`encode` switches it off, and what is asked of the model beforehand is asked without."""
+    """Expect `encode`, and the checks of the model before it, to switch dropout off."""
     model[0].model = Adapted(model[0].model)
     full = model.encode(TEXTS)
     compat.enable_vertical_chunking()
@@ -274,7 +274,7 @@ def test_inputs_that_cannot_be_cut_are_seen_behind_a_wrapper(model):
         model.encode(TEXTS, vertical_chunk_size=8)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's, of transformers.
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT warns about transformers.
 @pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION"])
 def test_peft_itself(tmp_path, task_type):
     peft = pytest.importorskip("peft")

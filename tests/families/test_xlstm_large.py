@@ -1,4 +1,4 @@
-"""xLSTM-large of the xlstm package: the laws, and what cannot be continued."""
+"""xLSTM-large of the xlstm package: the laws, and the settings that cannot be continued."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ xlstm = pytest.importorskip(
     "xlstm.xlstm_large.model", reason='needs the xlstm package: pip install ".[xlstm]"'
 )
 
-# What torch itself says when its compiler is imported, which these kernels do on first use.
+# torch itself warns when its compiler is imported, which these kernels do on first use.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
 
 CONFIG = xlstm.xLSTMLargeConfig(
@@ -37,7 +37,7 @@ FEW = settings().max_examples // 3
 
 @functools.cache
 def tiny(dtype=torch.float32, **settings):
-    """Weights drawn in float32 and rounded to dtype; nothing is zero or one by luck."""
+    """Draw weights in float32 and round them to dtype; none is zero or one by default."""
     model = xlstm.xLSTMLarge(dataclasses.replace(CONFIG, **settings)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def tiny(dtype=torch.float32, **settings):
 
 
 class Hidden(torch.nn.Module):
-    """What the head of an xLSTMLarge is given, in one pass over the whole text."""
+    """The input of an xLSTMLarge's head, in one pass over the whole text."""
 
     def __init__(self, model):
         super().__init__()
@@ -88,7 +88,7 @@ def test_last_hidden_state_is_that_of_the_last_token(batch, size):
 @settings(max_examples=FEW)
 @given(batch=batches(max_rows=2), size=st.integers(1, 35))
 def test_a_model_in_bfloat16_is_no_worse_than_its_full_pass(batch, size):
-    """The package itself cannot run its native kernels in bfloat16 at all."""
+    """Compare with float32, as the package cannot run its native kernels in bfloat16 at all."""
     model = tiny(torch.bfloat16)
     same_weights = xlstm.xLSTMLarge(CONFIG).eval()
     same_weights.load_state_dict(model.state_dict())

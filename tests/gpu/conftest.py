@@ -1,6 +1,6 @@
 """The patched kernels as a user has them: installed, on a GPU.
 
-Without a GPU this folder is a rehearsal: every line runs, on a CPU, with mamba-ssm's kernels under
+Without a GPU this folder is a rehearsal: every line runs on a CPU, with mamba-ssm's kernels under
 Triton's interpreter and causal-conv1d's on the CUDA emulation.
 """
 
@@ -23,7 +23,7 @@ ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 
 @functools.cache
 def rehearsed():
-    """The packages causal_conv1d and mamba_ssm of the patched trees, on a CPU."""
+    """Load the packages causal_conv1d and mamba_ssm of the patched trees, on a CPU."""
     try:
         conv = emulation.causal_conv1d(forks.patched("causal-conv1d"))
     except emulation.Unavailable as reason:
@@ -32,7 +32,7 @@ def rehearsed():
 
 
 def on_gpu(function):
-    """The function with its tensors moved to the GPU, and its results back, also in backward."""
+    """Move a function's tensors to the GPU, and its results back, also in backward."""
 
     def move(value):
         return value.cuda() if isinstance(value, torch.Tensor) else value
@@ -54,7 +54,7 @@ def device():
 
 @pytest.fixture(scope="session")
 def ops(device):
-    """The functions of both packages, for tensors on the CPU."""
+    """Return the functions of both packages, for tensors on the CPU."""
     if not ON_GPU:
         conv, ssm = rehearsed()
         names = ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")
@@ -71,10 +71,10 @@ def ops(device):
 
 @pytest.fixture
 def fused_calls(device):
-    """Calls of the fused path, which must be that of the patched kernels."""
+    """Yield the calls of the fused path, which must be that of the patched kernels."""
     modules = {}
     if not ON_GPU:
-        # At its import a model takes the packages that are there; its own path is to be in torch.
+        # At its import a model takes the packages that are there, but its own path must be torch.
         importlib.import_module("transformers.models.mamba2.modeling_mamba2")
         modules = kernels(*rehearsed())
     with in_place(modules, on_gpu=not ON_GPU) as calls:

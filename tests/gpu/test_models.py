@@ -12,7 +12,7 @@ import compat
 # float16 has 3 more bits than bfloat16.
 BOUND = CHUNKED | {torch.float16: CHUNKED[torch.bfloat16]}
 DISTANCE = COSINE | {torch.float16: COSINE[torch.bfloat16]}
-# As small as the interpreter wants it.
+# The sizes are small for the interpreter.
 SMALL = {"num_heads": 2, "head_dim": 8, "hidden_size": 8, "state_size": 8, "n_groups": 1}
 
 

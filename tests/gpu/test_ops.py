@@ -1,4 +1,4 @@
-"""The laws for the installed ops: those of tests/kernels, on whatever device is there."""
+"""The laws of tests/kernels for the installed ops, on whatever device is there."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from support.tolerances import KERNEL_SSD
 
 from tests.kernels import test_ssd_laws as ssd
 
-# Found by pytest as if they stood here; `kernel` calls the fixture below.
+# pytest finds these as if they were defined here; `kernel` calls the fixture below.
 from tests.kernels.test_conv_laws import (
     kernel,  # noqa: F401
     test_any_rows_are_as_in_the_recurrence,  # noqa: F401
@@ -18,7 +18,7 @@ from tests.kernels.test_conv_laws import (
 
 @pytest.fixture
 def emulated_conv(ops):
-    """What the laws of the convolution call: here, what is installed."""
+    """Return what the laws of the convolution call: here, the installed ops."""
     return lambda source: ops
 
 
@@ -26,7 +26,7 @@ def emulated_conv(ops):
 @pytest.mark.parametrize("dtype", KERNEL_SSD, ids=str)
 @pytest.mark.parametrize("fused", [False, True], ids=["scan", "fused"])
 def test_mixed_rows_are_as_in_the_recurrence(ops, fused, dtype):
-    """Packed, padded, in pieces; forward and backward."""
+    """Run packed and padded rows in pieces, forward and backward."""
     case = replace(ssd.mixed(fused), dtype=dtype)
     installed = SimpleNamespace(ssd_combined=ops, check_guards=lambda: None)
     found = ssd.errors(ssd.results(ssd.call_kernels, installed, case), case)

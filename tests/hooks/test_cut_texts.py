@@ -1,4 +1,4 @@
-"""A text that the model's limit cuts is told, once a call, with its length and what to do."""
+"""A text that the model's limit cuts is reported once a call, with its length and the remedy."""
 
 import warnings
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ def _hooks_on():
 
 @pytest.fixture(params=["right", "left"])
 def limited(request, tmp_path):
-    """A model with a limit of 16 tokens, padded on either side."""
+    """Make a model with a limit of 16 tokens, padded on either side."""
     model = embedder(save_checkpoint(tmp_path, padding_side=request.param))
     model.max_seq_length = 16
     return model
@@ -33,7 +33,7 @@ def limited(request, tmp_path):
 
 @contextmanager
 def told(*words):
-    """One warning is given inside, with all of these words; without words, none."""
+    """Expect one warning with all of these words inside the block; without words, none."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -80,12 +80,12 @@ def test_nothing_is_said_where_nothing_is_cut(limited, model):
     with told():
         limited.encode([text(16), text(3)], vertical_chunk_size=8)
         limited.encode([], vertical_chunk_size=8)
-        limited.encode(TEXTS)  # As ever, where no chunks are asked for.
+        limited.encode(TEXTS)  # Nothing changes without chunks.
         model.encode(TEXTS, vertical_chunk_size=8)
 
 
 def test_what_stands_around_a_text_counts(tmp_path):
-    """The prompt, and the end that the tokenizer puts behind each text and each part of one."""
+    """Count the prompt, and the end that the tokenizer puts after each text or part of one."""
     model = embedder(save_checkpoint(tmp_path, end_of_text=True))
     model.max_seq_length = 16
     with told("1 of 2", "limit of 16", "the longest has 44 tokens"):
@@ -202,7 +202,7 @@ def shared_pool(mamba2_checkpoint):
 
 
 def test_the_rank_of_a_distributed_evaluation_says_it_for_itself(limited):
-    """It is called without `encode`."""
+    """Expect the warning although `encode` is not called."""
     arguments = {
         "prompt": None,
         "batch_size": 2,

@@ -1,4 +1,4 @@
-"""A model whose own module takes `vertical_chunk_size` does with hooks what it does without."""
+"""A model whose own module takes `vertical_chunk_size` works the same with hooks and without."""
 
 import logging
 
@@ -19,10 +19,10 @@ METHODS = ["encode", "encode_query", "encode_document"]
 
 
 class OwnTransformer(Transformer):
-    """Reads texts in chunks by a loop of its own, and writes down in which sizes.
+    """A module that reads texts in chunks by its own loop, and notes their sizes.
 
     Attributes:
-        sizes: The size of each forward, as it was given.
+        sizes: The size given to each forward.
         widths: The number of tokens of each call of the model.
     """
 
@@ -46,14 +46,14 @@ class OwnTransformer(Transformer):
 
 
 class StrictTransformer(OwnTransformer):
-    """Does not expect the size where features are made of texts."""
+    """A module that does not expect the size where features are made of texts."""
 
     def preprocess(self, inputs, prompt=None, task=None):
         return super().preprocess(inputs, prompt=prompt, task=task)
 
 
 class OldTransformer(OwnTransformer):
-    """Makes features of texts as modules of before did, without any argument."""
+    """A module that makes features of texts as older modules do, without any argument."""
 
     preprocess = InputModule.preprocess
 
@@ -102,7 +102,7 @@ def test_a_stored_size_reaches_it(mamba2_checkpoint, method):
 
 @pytest.mark.parametrize("size", [None, 0, "all"])
 def test_a_size_is_what_the_module_makes_of_it(mamba2_checkpoint, size):
-    """Hooks refuse 0; of a module's own sizes they know nothing."""
+    """Accept 0, which hooks refuse, as they know nothing of a module's own sizes."""
     model = own(mamba2_checkpoint)
     seen = []
     model[0].forward = lambda features, vertical_chunk_size=5: (
@@ -129,7 +129,7 @@ def test_the_size_reaches_it_in_a_pool(mamba2_checkpoint, default):
 
 
 def _mark_by_its_size(module, args, features):
-    """Let the embedding say in which size the worker was asked to read."""
+    """Let the embedding show the size in which the worker was asked to read."""
     features["token_embeddings"] = torch.full_like(features["token_embeddings"], module.sizes[-1])
 
 
@@ -139,7 +139,7 @@ def test_a_preprocess_that_does_not_take_the_size_does_not_get_it(
     mamba2_checkpoint, module, prompt
 ):
     arguments = {"prompt": prompt, "batch_size": 1}
-    pooling = {"include_prompt": module is OldTransformer}  # Which does not tell a prompt's length.
+    pooling = {"include_prompt": module is OldTransformer}  # It does not report a prompt's length.
     wanted = own(mamba2_checkpoint, **pooling).encode(TEXTS, **arguments)
     model = own(mamba2_checkpoint, module, **pooling)
     compat.enable_vertical_chunking()
@@ -148,7 +148,7 @@ def test_a_preprocess_that_does_not_take_the_size_does_not_get_it(
 
 
 def test_the_route_of_a_text_decides(mamba2_checkpoint):
-    """Queries by the module's own loop, documents by the hooks, in one model."""
+    """Read queries by the module's own loop and documents by the hooks, in one model."""
     width = embedder(mamba2_checkpoint).get_embedding_dimension()
     ours = OwnTransformer(mamba2_checkpoint)
     plain = Transformer(mamba2_checkpoint)
@@ -168,7 +168,7 @@ def test_the_route_of_a_text_decides(mamba2_checkpoint):
 
 
 def test_module_kwargs_are_a_route_too(mamba2_checkpoint):
-    """As modules that are no `Module` of sentence-transformers are given their arguments."""
+    """Do as for modules that are no `Module` of sentence-transformers."""
     model = own(mamba2_checkpoint)
     model[0].forward_kwargs = Transformer.forward_kwargs
     model.module_kwargs = {"0": ["vertical_chunk_size"]}

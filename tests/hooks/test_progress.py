@@ -28,7 +28,7 @@ def model(mamba2_checkpoint, capsys):
 
 @pytest.fixture
 def bars(monkeypatch):
-    """The bars that encode opens; each knows where it stood after every move."""
+    """Return the bars that encode opens; each keeps its positions after every move."""
     opened = []
 
     class Recorded(tqdm):
@@ -128,4 +128,4 @@ def test_the_bar_is_closed_when_a_call_fails(model, bars):
     with pytest.raises(ZeroDivisionError):
         model.encode(TEXTS, vertical_chunk_size=8, show_progress_bar=True)
     (bar,) = bars
-    assert bar.disable  # What closing leaves behind.
+    assert bar.disable  # Closing sets it.

@@ -1,4 +1,4 @@
-"""What cannot be honoured raises, and says what was found; what looks odd but is legal is exact."""
+"""Requests that cannot be honoured raise and say what was found; odd but legal ones are exact."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_a_size_that_is_no_positive_int_is_refused(model, place, size, error, fo
 @pytest.mark.parametrize("length", [1, 2, 3, 20])
 def test_chunks_of_one_token_are_exact(model, length):
     for layer in model.transformers_model.layers:
-        layer.mixer.time_step_limit = (0.0, 0.05)  # Which released models ignore for one token.
+        layer.mixer.time_step_limit = (0.0, 0.05)  # Released models ignore it for one token.
     texts = [text(length), text(7)]
     assert_close(model.encode(texts, vertical_chunk_size=1), model.encode(texts))
 
@@ -227,7 +227,7 @@ CANNOT_STREAM = {
 
 
 def assert_refused(model, *found, **arguments):
-    """The pipeline is refused with these words, before the model reads anything."""
+    """Expect a refusal of the pipeline with these words, before the model reads anything."""
     widths = record_widths(model)
     with pytest.raises(compat.UnsupportedPipelineError) as caught:
         model.encode(["abc"], vertical_chunk_size=4, **arguments)
@@ -269,7 +269,7 @@ def test_another_backend_is_refused_by_name(model, backend, output_value):
 
 @pytest.mark.skipif(FORKS, reason="the fork's CrossEncoder reads in chunks")
 def test_a_cross_encoder_is_refused(monkeypatch):
-    """The released one would ignore the argument, and read everything at once."""
+    """Expect a refusal: the released one would ignore the argument, and read everything at once."""
     monkeypatch.setattr(CrossEncoder, "__init__", torch.nn.Module.__init__)
     with pytest.raises(compat.UnsupportedPipelineError, match="CrossEncoder"):
         CrossEncoder().predict([("a question", "a text")], vertical_chunk_size=8)

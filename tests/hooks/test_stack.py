@@ -1,4 +1,4 @@
-"""In the forks there is nothing for compat's hooks to mend; in the releases there is."""
+"""In the forks compat's hooks have nothing to mend; in the releases they have."""
 
 import pytest
 from support.stack import FORKS

@@ -134,7 +134,7 @@ def test_a_broken_default_set_without_hooks_is_refused_when_it_is_used(model):
 
 @released_only
 def test_a_default_that_the_hooks_cannot_serve_is_said_to_be_ignored(model, tmp_path):
-    """Another encoder, as a sentence-transformers that has `vertical_chunk_size` saves it."""
+    """Save another encoder as a sentence-transformers with `vertical_chunk_size` does."""
     encoder = MultiVectorEncoder(modules=[model[0]], device="cpu")
     folder = Path(save(encoder, tmp_path))
     MultiVectorEncoder(str(folder), device="cpu")
@@ -145,7 +145,7 @@ def test_a_default_that_the_hooks_cannot_serve_is_said_to_be_ignored(model, tmp_
         MultiVectorEncoder(str(folder), device="cpu")
 
 
-# Callers of the model itself, and not of its encode.
+# Callers of the model itself instead of its encode.
 
 METHODS = ["encode", "encode_query", "encode_document"]
 
@@ -161,7 +161,7 @@ def test_a_call_of_the_model_that_does_not_follow_the_default_is_told_once(model
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         getattr(model, call)({**features})
-    # Another model is told as well.
+    # Another model gets the warning as well.
     other = SentenceTransformer(modules=list(model.children()), device="cpu")
     other.vertical_chunk_size = 10
     with pytest.warns(UserWarning, match="vertical_chunk_size=10"):
@@ -174,9 +174,9 @@ def test_a_call_of_the_model_is_not_told_where_there_is_nothing_to_tell(model):
     features = model.preprocess(TEXTS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model({**features})  # No default.
+        model({**features})  # It has no default.
         model.vertical_chunk_size = 20
-        model({**features})  # One chunk.
+        model({**features})  # It is one chunk.
         model.vertical_chunk_size = 8
         for method in METHODS:
             getattr(model, method)(TEXTS)
@@ -189,12 +189,12 @@ def test_a_call_of_the_model_is_not_told_where_there_is_nothing_to_tell(model):
 
 @released_only
 def test_a_worker_is_not_told_of_a_default_that_its_caller_has_given_up(model, capfd):
-    """The worker's copy of the model has it still."""
+    """Expect no warning although the worker's copy of the model still has the default."""
     model.vertical_chunk_size = 8
     pool = model.start_multi_process_pool(["cpu"])
     try:
         with compat.vertical_chunking():
-            model.encode(TEXTS, pool=pool)  # Brings the hooks along.
+            model.encode(TEXTS, pool=pool)  # This brings the hooks along.
             model.vertical_chunk_size = None
             model.encode(TEXTS, pool=pool)
     finally:
@@ -235,7 +235,7 @@ def test_a_call_of_the_model_with_a_size_that_cannot_be_served_is_refused(model)
 @released_only
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_a_compiled_call_of_the_model_is_what_it_was(model):
-    """The eager backend traces everything, and compiles nothing."""
+    """Use the eager backend, which traces everything and compiles nothing."""
     features = model.preprocess(TEXTS)
     model.compile(backend="eager")
     with torch.no_grad():

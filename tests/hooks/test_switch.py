@@ -27,7 +27,7 @@ INHERITED = ("get_model_kwargs", "preprocess")
 
 
 def attributes():
-    """Every attribute of the classes that hooks may touch, by identity."""
+    """Return every attribute of the classes that hooks may touch, by identity."""
     return {(owner, name): id(value) for owner in HOOKED for name, value in vars(owner).items()}
 
 
@@ -48,7 +48,7 @@ def reason(report, library):
 
 @pytest.fixture
 def fresh_probe():
-    """The probe looks again in this test, and again after it."""
+    """Let the probe look again in this test, and again after it."""
     recurrent_cache.probe.cache_clear()
     yield
     recurrent_cache.probe.cache_clear()
@@ -118,7 +118,7 @@ def test_the_context_manager_leaves_hooks_on_that_were_on():
         pass
 
 
-# What is reported.
+# The report.
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -159,7 +159,7 @@ def test_the_report_as_a_string_is_a_table_and_two_lines():
         assert row[head.index("reason") :] == status.reason
 
 
-# What the hooks look like from outside.
+# The hooks as seen from outside.
 
 
 def test_encode_shows_the_argument_only_with_hooks_on():
@@ -185,7 +185,7 @@ def test_the_model_arguments_are_those_of_the_released_library(model):
 
 
 def same(a, b):
-    """Bit for bit, whatever the output is made of."""
+    """Return whether two outputs of any kind are equal, bit for bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
     if isinstance(a, list):
@@ -213,7 +213,7 @@ def test_without_a_chunk_size_encode_gives_bit_for_bit_what_it_gave(model, argum
     compat.enable_vertical_chunking()
     with ops.using("released"):
         assert same(model.encode(texts, **arguments), released)
-        # Nor does a chunked call leave anything behind.
+        # A chunked call must not leave anything behind either.
         model.encode(texts, vertical_chunk_size=8)
         assert same(model.encode(texts, **arguments), released)
 
@@ -253,7 +253,7 @@ def test_a_call_that_failed_leaves_the_next_one_whole(model, monkeypatch):
     assert "vertical_chunk_size" not in model.get_model_kwargs()
 
 
-# A library that is not what the hooks expect.
+# Libraries that are not what the hooks expect.
 
 
 def _encode_without_keywords(self, inputs, batch_size=32):
@@ -287,7 +287,7 @@ UNEXPECTED = {
 def test_an_unexpected_sentence_transformers_is_refused_and_left_alone(monkeypatch, unexpected):
     UNEXPECTED[unexpected](monkeypatch)
     refused = pytest.raises(compat.UnsupportedVersionError)
-    # The context manager: hooks that went in all the same are gone before the library is mended.
+    # The context manager: hooks that went in anyway are gone before the library is mended.
     with untouched(), refused as caught, compat.vertical_chunking():
         pass
     assert sentence_transformers.__version__ in caught.value.found
@@ -346,7 +346,7 @@ def test_an_old_transformers_is_refused_with_and_without_hooks(monkeypatch, mode
 @pytest.mark.parametrize("nth", range(len(encoder.plan(nullcontext)) + 1))
 def test_a_write_that_fails_in_the_middle_is_rolled_back(monkeypatch, nth):
     planned = encoder.plan(nullcontext)
-    planned.insert(nth, (int, "vertical_chunk_size", None))  # int refuses to be written to.
+    planned.insert(nth, (int, "vertical_chunk_size", None))  # int cannot be written to.
     with untouched():
         with monkeypatch.context() as patch:
             patch.setattr(encoder, "plan", lambda: planned)

@@ -1,4 +1,4 @@
-"""Threads: whoever holds the hooks has them until the end, and the last one takes them out."""
+"""Threads: every holder has the hooks until its end, and the last one takes them out."""
 
 import pickle
 import threading
@@ -18,19 +18,19 @@ import compat
 from compat.families.lookup import family_patches
 
 TEXTS = [text(n) for n in (30, 17, 12)]
-WIDTHS = [8, 8, 8, 6, 8, 9, 8, 4]  # Of texts one by one; no chunk has a single token.
+WIDTHS = [8, 8, 8, 6, 8, 9, 8, 4]  # For texts one by one; no chunk has a single token.
 METHODS = ["encode", "encode_query", "encode_document"]
 
 
 def attributes():
-    """Every attribute of the classes that hooks may touch, by identity."""
+    """Return every attribute of the classes that hooks may touch, by identity."""
     owners = (SentenceTransformer, Transformer, Pooling, Dense, Normalize)
     return {(owner, name): id(value) for owner in owners for name, value in vars(owner).items()}
 
 
 @contextmanager
 def put_back():
-    """After the block every attribute is the very object that it was."""
+    """Expect every attribute after the block to be the very object that it was."""
     before = attributes()
     yield
     assert attributes() == before
@@ -55,7 +55,7 @@ def elsewhere(function):
 
 @contextmanager
 def another_holder():
-    """Another thread is in a `with vertical_chunking()` block; calling what is yielded ends it."""
+    """Hold the hooks in another thread's `with` block; calling what is yielded ends it."""
     entered, leave = threading.Event(), threading.Event()
 
     def hold():
@@ -78,7 +78,7 @@ def another_holder():
 
 
 class DisablingTexts(tuple):
-    """Texts that a call looks at when it has begun; then another thread disables the hooks."""
+    """Texts that let another thread disable the hooks when a call first looks at them."""
 
     def __iter__(self):
         elsewhere(compat.disable_vertical_chunking)
@@ -100,13 +100,13 @@ def assert_close(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=CHUNKED[torch.float32])
 
 
-# By the argument, or by the model's own size.
+# The size is given by the argument, or by the model's own default.
 SIZES = {"argument": {"vertical_chunk_size": 8}, "default": {}}
 
 
 @pytest.fixture(params=SIZES)
 def size(request, model):
-    """Arguments of a call that reads in chunks of 8."""
+    """Return arguments of a call that reads in chunks of 8."""
     if request.param == "default":
         model.vertical_chunk_size = 8
     return {**SIZES[request.param], "batch_size": 1}
@@ -218,7 +218,7 @@ def test_holders_are_counted_and_enabling_is_one_of_them():
 
 
 def test_a_size_that_comes_back_to_its_own_call_does_not_outlive_it(model):
-    """As in a distributed evaluation: the first rank sends its share to itself."""
+    """Do as a distributed evaluation, where the first rank sends its share to itself."""
 
     def distributed(inputs, **arguments):
         return model._inference(inputs, **pickle.loads(pickle.dumps(arguments)))

@@ -1,4 +1,4 @@
-"""What enable must not change: generation, training, and the released objects themselves."""
+"""Things that enable must not change: generation, training, and the released objects."""
 
 import functools
 import importlib
@@ -26,7 +26,7 @@ MAMBA = {
 TOUCHED = [*MAMBA, "xlstm", "rwkv", "recurrent_gemma", "minimax", "mamba2"]
 # The families of which transformers has a language model.
 WITH_HEAD = [name for name in FAMILIES if CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING]
-# Released models of these mix the rows of a batch up, or let padding through.
+# Released models of these mix up the rows of a batch, or let padding through.
 ONE_ROW = {"rwkv", "xlstm", "recurrent_gemma"}
 
 
@@ -35,7 +35,7 @@ def modeling(model_type):
 
 
 def contents(model_type):
-    """Every attribute of the model's module and of its classes."""
+    """Return every attribute of the model's module and of its classes."""
     module = modeling(model_type)
     classes = [value for value in vars(module).values() if inspect.isclass(value)]
     return {
@@ -46,7 +46,7 @@ def contents(model_type):
 
 
 def changed(before, after):
-    """What is gone or another object, and functions that are new."""
+    """Return the names that are gone or name another object, and those of new functions."""
     # transformers itself keeps what it has looked up as new attributes, which are not functions.
     new = {name for name in after.keys() - before.keys() if callable(after[name])}
     return new | {name for name in before if before[name] is not after.get(name)}
@@ -54,7 +54,7 @@ def changed(before, after):
 
 @pytest.fixture
 def released():
-    """Fails the test if it leaves one released attribute that is another object."""
+    """Fail the test if it leaves one released attribute that is another object."""
     before = {model_type: contents(model_type) for model_type in TOUCHED}
 
     def patched():
@@ -114,7 +114,7 @@ def test_generated_tokens_are_identical(released, model_type):
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_goes_on_from_a_users_own_state_is_identical(released, model_type):
-    """But for Mamba-1, whose released scan begins from zeros: enable mends that."""
+    """Leave out Mamba-1, whose released scan begins from zeros: enable mends that."""
     model, ids = tiny_model(model_type), tokens(1, 16)
     name = state_argument(model.forward)
 
@@ -124,7 +124,7 @@ def test_what_goes_on_from_a_users_own_state_is_identical(released, model_type):
             output = model(ids[:, start : start + size], use_cache=True, **{name: state})
             yield output.last_hidden_state
             state, start = output.get(name), start + size
-            if state is None:  # recurrent_gemma gives none.
+            if state is None:  # recurrent_gemma returns none.
                 return
 
     without = list(states())
@@ -177,7 +177,7 @@ def test_training_gradients_are_identical_to_the_last_bit(released, model_type):
 
 @pytest.mark.parametrize("model_type", MAMBA)
 def test_gradients_through_the_carried_state_are_those_of_one_pass(model_type):
-    """The released scan drops the state, and with it the gradient; enable mends both."""
+    """Expect a gradient: the released scan drops the state and the gradient; enable mends both."""
     model, ids = tiny_model(model_type), tokens(2, 20)
     cache = state_argument(model.forward)
     weight = torch.randn(2, 20, model.config.hidden_size)

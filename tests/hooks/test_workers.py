@@ -1,4 +1,4 @@
-"""Worker processes chunk too, wherever the pool came from; one that cannot raises in the parent."""
+"""Worker processes chunk too, in any pool; one that cannot raises in the parent."""
 
 import os
 
@@ -11,13 +11,13 @@ from support.tolerances import CHUNKED
 
 import compat
 
-# A worker is a new Python that imports torch: the module shares one pool where it can.
+# A worker is a new Python that imports torch, so the module shares one pool where it can.
 
 TEXTS = [text(n) for n in (40, 3, 17, 25, 1)]
 
 
 class WidthLog:
-    """A hook on the embedding layer that writes down who reads how many tokens at a time.
+    """A hook on the embedding layer that notes which process reads how many tokens at a time.
 
     It is pickled with the model, so that a worker's copy writes to the same file.
     """
@@ -30,14 +30,14 @@ class WidthLog:
             file.write(f"{os.getpid()} {args[0].shape[1]}\n")
 
     def read(self):
-        """The processes and the widths that they have read since the last call, sorted by width."""
+        """Return the processes and the widths that they read since the last call, in order."""
         pairs = [tuple(map(int, line.split())) for line in self.path.read_text().splitlines()]
         self.path.write_text("")
         return [process for process, _ in pairs], sorted(width for _, width in pairs)
 
 
 def logged_model(folder):
-    """A tiny embedder, and the log of what it reads in whatever process."""
+    """Make a tiny embedder, and the log of what it reads in whatever process."""
     model = embedder(save_checkpoint(folder / "checkpoint"))
     log = WidthLog(folder / "widths.txt")
     log.path.touch()
@@ -59,14 +59,14 @@ def shared(tmp_path_factory):
 
 @pytest.fixture
 def started(shared):
-    """A model, its empty log, and a pool of two that was started without hooks."""
+    """Return a model, its empty log, and a pool of two that was started without hooks."""
     shared[1].read()
     return shared
 
 
 @pytest.fixture
 def whole(started):
-    """The embeddings of whole texts, by the released library in this process."""
+    """Return the embeddings of whole texts, by the released library in this process."""
     model, log, _ = started
     embeddings = model.encode(TEXTS)
     log.read()
@@ -170,11 +170,11 @@ def test_what_a_worker_refuses_is_raised_as_it_is(tmp_path):
 
 @pytest.mark.skipif(FORKS, reason="a worker of the forks needs no compat")
 def test_a_worker_that_cannot_import_compat_raises_here(tmp_path, monkeypatch, capfd):
-    # Without the log: that lies in this module, which imports compat.
+    # The log is left out, because it is defined in this module, which imports compat.
     model = embedder(save_checkpoint(tmp_path / "checkpoint"))
     compat.enable_vertical_chunking()
     (tmp_path / "compat.py").write_text("raise ImportError('not for this worker')")
-    # A worker takes over this process's path; here compat is imported already.
+    # A worker takes over this process's path; compat is imported here already.
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RuntimeError, match=r"worker.*died"):
         model.encode(TEXTS, device=["cpu"], vertical_chunk_size=8)

@@ -1,8 +1,8 @@
-"""These tests need `kernels` and the transformers that fits it: `nox -s test-hub-kernels`."""
+"""Skip these tests unless `kernels` and a fitting transformers are there: `test-hub-kernels`."""
 
 from importlib.metadata import packages_distributions
 
-if "kernels" not in packages_distributions():  # The folder tests/kernels can be imported, too.
+if "kernels" not in packages_distributions():  # The folder tests/kernels can be imported too.
     collect_ignore_glob = ["test_*.py"]
 else:
     import pytest
@@ -10,6 +10,6 @@ else:
 
     @pytest.fixture(autouse=True)
     def _no_kernel_afterwards():
-        """A kernelized model changes all models of its class."""
+        """Undo kernelizing, which changes all models of a class."""
         yield
         released_functions()

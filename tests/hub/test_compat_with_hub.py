@@ -1,6 +1,6 @@
-"""compat beside kernels of the hub: which of them its fused path takes, and what it says.
+"""compat beside kernels of the hub: which of them its fused path takes, and its status.
 
-A kernel of today, whose fused op has no conv states, is made here for the purpose.
+The test makes a kernel like today's, whose fused op has no conv states.
 """
 
 import functools
@@ -50,7 +50,7 @@ from . import layers
 
 @pytest.fixture
 def of_today(tmp_path):
-    """A kernel as the hub has it: the layer takes anything, its function no conv states."""
+    """Make a kernel like the hub's: the layer takes anything, its function no conv states."""
     build = tmp_path / "build" / "torch-cpu"
     build.mkdir(parents=True)
     (build / "__init__.py").write_text(INIT.format(fused=FUSED))
@@ -63,11 +63,12 @@ def of_today(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _of_one_group(monkeypatch):
-    """compat asks about a Mamba2 with one group, whose norm says over how many channels it is.
+    """Let compat compare a Mamba2 with one group, whose norm says over how many channels it is.
 
-    That of this transformers is over all channels and does not say so, so that compat, which asks
-    with two groups, rightly takes none of its mixers; from 5.23 on it is by group, and says so.
-    With one group both are the same, and all else is asked as ever. None of this is needed there.
+    The norm of this transformers is over all channels and does not say so. So compat, which
+    compares with two groups, rightly takes none of its mixers. From 5.23 on the norm is by group,
+    and says so. With one group both are the same, and all else is compared as usual. None of this
+    is needed from 5.23 on.
     """
     config, norm = tiny_models.config, modeling_mamba2.MambaRMSNormGated
     monkeypatch.setattr(norm, "group_size", property(lambda self: len(self.weight)), raising=False)
@@ -79,7 +80,7 @@ def _of_one_group(monkeypatch):
         return made
 
     monkeypatch.setattr(tiny_models, "config", of_one_group)
-    # Nothing that was found before is made use of, and nothing of this is remembered.
+    # Earlier verdicts are not used, and those of this test are not kept.
     of_mixer = functools.cache(mamba2_probe.of_mixer.__wrapped__)
     monkeypatch.setattr(mamba2_probe, "of_mixer", of_mixer)
     monkeypatch.setattr(exact, "_classes", {})
@@ -125,7 +126,7 @@ def test_its_states_are_in_the_cache(model):
 
 
 def test_a_kernel_without_conv_states_is_not(model, of_today):
-    """transformers' own path runs, nothing else in the kernel's place; the status says why."""
+    """Expect transformers' own path, nothing else in the kernel's place; the status says why."""
     wanted = in_chunks(model, IDS, ONES, 8)
     with hub.kernelized(model, [FUSED], of_today) as calls, in_place({}, on_gpu=False) as packages:
         found = in_chunks(model, IDS, ONES, 8)
@@ -141,7 +142,7 @@ def test_a_kernel_without_conv_states_is_not(model, of_today):
 
 def test_a_kernel_for_some_of_the_functions_is_not(model, monkeypatch):
     wanted = in_chunks(model, IDS, ONES, 8)
-    lines()  # Now compat knows all mixers: it asks no more, which takes `_portable` too.
+    lines()  # Now compat knows all mixers: it compares no more, which would call `_portable` too.
     asked_for = "It is not asked for."
     monkeypatch.setattr(_fused, "portable", lambda *_, **__: pytest.fail(asked_for))
     with pytest.raises(pytest.fail.Exception, match=asked_for):

@@ -1,6 +1,6 @@
-"""The built CPU variants: what `kernels` says of them, and the four laws for each of their layers.
+"""The built CPU variants: their description by `kernels`, and the four laws for each layer.
 
-Layers and functions are held to the float64 recurrences of tests/kernels.
+Layers and functions are compared with the float64 recurrences of tests/kernels.
 """
 
 import ast
@@ -31,12 +31,12 @@ both = pytest.mark.parametrize("name", sorted(hub.LAYERS))
 
 
 def layer(name, kernel="mamba-ssm"):
-    """A layer's forward, as a function of what it takes beside the module that it is put into."""
+    """Return a layer's forward, as a function without the module that it is put into."""
     forward = getattr(hub.kernel(kernel).layers, name).forward
     return lambda *args, **kwargs: forward(None, *args, **kwargs)
 
 
-# What `kernels` says.
+# The description by `kernels`.
 
 
 @both
@@ -100,7 +100,7 @@ def test_a_function_has_the_parameters_of_the_one_for_a_gpu(name):
 
 
 def of_layers(**arguments):
-    """`mamba_chunk_scan_combined`, whose first parameter transformers calls by another name."""
+    """Call `mamba_chunk_scan_combined`, whose first parameter has another name in transformers."""
     arguments["hidden_states"] = arguments.pop("x")
     return layer("mamba_chunk_scan_combined")(**arguments)
 
@@ -118,7 +118,7 @@ OPS = SimpleNamespace(
 @settings(max_examples=settings().max_examples // 2)
 @given(data=st.data())
 def test_scan_and_fused_op_for_any_call(fused, data):
-    """In pieces, packed, padded; outputs, states and gradients."""
+    """Run calls in pieces, packed, padded; compare outputs, states and gradients."""
     case = data.draw(laws.cases(fused))
     found = laws.errors(laws.results(laws.call_kernels, OPS, case), case)
     assert max(found.values()) <= KERNEL_SSD[case.dtype], found
@@ -128,7 +128,7 @@ def test_scan_and_fused_op_for_any_call(fused, data):
 @settings(max_examples=settings().max_examples // 2)
 @given(data=st.data())
 def test_the_same_without_gradients(fused, data):
-    """Where the fused op is native."""
+    """Run the fused op where it is native."""
     case = data.draw(laws.cases(fused))
     wanted = [*laws.expected(case).items()]
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_the_same_without_gradients(fused, data):
 
 @st.composite
 def rows_of_ids(draw, seqlen):
-    """Packed and padded rows, int32 (batch, seqlen)."""
+    """Draw packed and padded rows, int32 (batch, seqlen)."""
     rows = []
     for _ in range(draw(st.integers(1, 3))):
         left = draw(st.integers(0, seqlen))
@@ -157,7 +157,7 @@ def rows_of_ids(draw, seqlen):
 @both
 @given(data=st.data(), seqlen=st.integers(1, 12), width=st.integers(1, 5))
 def test_convolution_for_any_rows(name, data, seqlen, width):
-    """Packed and padded, and in two pieces; outputs and states."""
+    """Run packed and padded rows, in two pieces; compare outputs and states."""
     ids = data.draw(rows_of_ids(seqlen))
     dtype = data.draw(st.sampled_from([F32, BF16]))
     cut = data.draw(st.integers(0, seqlen))
@@ -181,7 +181,7 @@ def test_convolution_for_any_rows(name, data, seqlen, width):
     rtol, atol = KERNEL_CONV[dtype]
     torch.testing.assert_close(out.double(), exact, rtol=rtol, atol=atol)
     assert torch.equal(final.double(), exact_final)
-    # The second piece begins a new sequence, or goes on with the last one of the first.
+    # The second piece begins a new sequence, or continues the last one of the first.
     first, state = piece(0, cut, initial)
     before = ids[:, :cut].max(1).values if cut else torch.full((len(ids),), -1)
     own = [row[row >= 0][0].item() if (row >= 0).any() else -1 for row in ids[:, cut:]]
@@ -197,7 +197,7 @@ def test_convolution_for_any_rows(name, data, seqlen, width):
 @pytest.mark.parametrize("extra", [0, 1, 3])
 @pytest.mark.parametrize("seqlen", [1, 2, 7])
 def test_convolution_of_the_next_inputs(name, seqlen, extra):
-    """`causal_conv1d_update` is the convolution, from its state."""
+    """Compare `causal_conv1d_update` with the convolution from its state."""
     x, weight, bias = torch.randn(2, 5, seqlen), torch.randn(5, 4), torch.randn(5)
     state = torch.randn(2, 5, 3 + extra)
     exact, final = causal_conv1d(x, weight, bias, initial_states=state[..., extra:], silu=True)

@@ -1,6 +1,6 @@
 """transformers' models on the layers of the kernel, by its own switch: the four laws.
 
-Packing is stated where transformers takes it: in training, through `seq_idx`.
+Packing is tested where transformers takes it: in training, through `seq_idx`.
 """
 
 import functools
@@ -19,7 +19,7 @@ from tests.laws.test_model import alone, batches, in_chunks
 
 FEW = settings().max_examples // 3
 F32, BF16 = torch.float32, torch.bfloat16
-# This transformers norms over all channels, where 5.23 and the fused op do by group.
+# This transformers norms over all channels; 5.23 and the fused op norm by group.
 ONE_GROUP = {"mamba2": {"n_groups": 1}, "bamba": {"mamba_n_groups": 1}}
 TYPES = sorted(ONE_GROUP)
 
@@ -30,7 +30,7 @@ def model_of(model_type, dtype=F32, one_group=False):
 
 
 def in_steps(model, ids, sizes):
-    """Hidden states of pieces of these sizes through the cache, and the cache."""
+    """Return the hidden states of pieces of these sizes through the cache, and the cache."""
     forward = type(model).forward
     name, takes_positions = state_argument(forward), "position_ids" in parameters(forward)
     cache, start, hidden = None, 0, []
@@ -47,7 +47,7 @@ def in_steps(model, ids, sizes):
 @settings(max_examples=FEW)
 @given(batch=batches(), size=st.integers(1, 35))
 def test_chunks_give_each_row_what_it_gives_alone(model_type, batch, size):
-    """Chunking, padding and batching, held to the model's own functions."""
+    """Compare chunks, padding and batches with the model's own functions."""
     model = model_of(model_type)
     wanted = alone(model, *batch)
     with hub.kernelized(model) as calls:
@@ -64,7 +64,7 @@ def test_chunks_give_each_row_what_it_gives_alone(model_type, batch, size):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("sizes", [[19], [7, 12], [5, 1, 1, 1, 9, 1, 1], [1] * 19], ids=str)
 def test_mamba2_and_its_cache_are_the_float64_recurrence(dtype, sizes):
-    """Prefill, and one token at a time; no worse than the model's own functions."""
+    """Run prefill, and one token at a time; be no worse than the model's own functions."""
     model, ids = model_of("mamba2", dtype, one_group=True), tokens(2, 19)
     exact, states = zip(*(oracle.mamba2(model, row.tolist()) for row in ids), strict=True)
     exact = torch.stack(exact)
@@ -81,7 +81,7 @@ def test_mamba2_and_its_cache_are_the_float64_recurrence(dtype, sizes):
             assert error(ssm[row], final[number].ssm) <= HIDDEN[dtype]
             assert error(conv[row, :, -width:], final[number].conv) <= HIDDEN[dtype]
     layers = len(model.layers)
-    # The first piece has no state to go on from.
+    # The first piece has no state to continue from.
     steps = sum(size == 1 for size in sizes[1:])
     assert calls["mamba_chunk_scan_combined"] == layers * (len(sizes) - steps)
     assert calls["selective_state_update"] == layers * steps
@@ -108,7 +108,7 @@ def test_every_model_gives_what_its_own_functions_give(model_type):
 
 
 def gradients(model, hidden, rows):
-    """Of a loss in which every output counts, by parameter."""
+    """Return the gradients of a loss in which every output counts, by parameter."""
     loss = (hidden * torch.linspace(-1, 1, hidden[0].numel()).view_as(hidden[0])[None]).sum()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), materialize_grads=True)
@@ -117,7 +117,7 @@ def gradients(model, hidden, rows):
 
 @pytest.mark.parametrize("model_type", [*TYPES, "mamba"])
 def test_training_takes_the_fused_op(model_type):
-    """Hidden states and gradients are those of the model's own functions, which are not fused."""
+    """Compare hidden states and gradients with the model's own functions, which are not fused."""
     model, ids = tiny_model(model_type, **ONE_GROUP.get(model_type, {})).train(), tokens(2, 21)
     wanted = model(ids, use_cache=False).last_hidden_state
     own = gradients(model, wanted, ids)
@@ -134,7 +134,7 @@ def test_training_takes_the_fused_op(model_type):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_packing_is_invisible(mode):
-    """In eval mode through convolution and scan, in training through the fused op."""
+    """Run convolution and scan in eval mode, and the fused op in training."""
     model = tiny_model("mamba2", **ONE_GROUP["mamba2"])
     ids, lengths = tokens(1, 24), [5, 1, 18]
     seq_idx = torch.repeat_interleave(torch.tensor(lengths)).int()[None]

@@ -39,4 +39,4 @@ def test_kernels_info_describes_the_build(name, version, licence, needs):
     assert found["version"] == version
     assert found["license"] == licence
     assert found["python_depends"] == needs
-    assert found["backends"] == ["cpu"]  # Of CUDA nothing is built here.
+    assert found["backends"] == ["cpu"]  # Nothing of CUDA is built here.

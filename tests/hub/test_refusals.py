@@ -1,4 +1,4 @@
-"""A layer that is given what it cannot do raises, and what serves a call is told."""
+"""A layer that cannot do what it is given raises, and the server of a call is reported."""
 
 import importlib
 import inspect
@@ -159,7 +159,7 @@ def test_a_build_for_a_gpu_serves_each_tensor_where_it_is():
 
 
 def for_a_gpu(name, *more):
-    """A function that has the parameters of mamba-ssm 2.3.2, and more; gives what it is given."""
+    """Return a function with mamba-ssm 2.3.2's parameters and more; it returns its arguments."""
     own = inspect.signature(getattr(hub.kernel(), name)).parameters.values()
     last = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in more]
     signature = inspect.Signature([*(p for p in own if p.name != "state_dtype"), *last])
@@ -197,7 +197,7 @@ def test_a_gpu_takes_a_dtype_of_states_if_its_function_does(call, name, held, in
         run(state_dtype=F32)
 
 
-# As where torch is one for CUDA, but there is no GPU at hand: everything for it is imported.
+# This runs as if torch were one for CUDA without a GPU: everything for CUDA is imported.
 ON_CUDA = f"""
 import pathlib, torch, kernels
 from kernels.importer import _import_from_path
@@ -232,7 +232,7 @@ def test_where_torch_has_cuda_the_functions_for_a_gpu_are_there():
         "(2, 4, 6)",
         f"mamba-ssm {conv}",
         "(2, 4, 6)",
-        # Until mamba-ssm has a release whose functions take it.
+        # This holds until mamba-ssm has a release whose functions take it.
         "mamba_chunk_scan_combined: found state_dtype, which the function for a GPU does not take. "
         "Leave it out, or take a newer version of this kernel, whose function does.",
     ]

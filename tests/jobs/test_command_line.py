@@ -1,4 +1,4 @@
-"""`python -m compat`: what it writes and what it refuses, and that no finished row is lost."""
+"""`python -m compat`: its output and its refusals, and that no finished row is lost."""
 
 import errno
 import fcntl
@@ -41,7 +41,7 @@ ROOT = Path(compat.__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """Folder of a tiny Mamba2 embedder with one token for each character."""
+    """Make the folder of a tiny Mamba2 embedder with one token for each character."""
     folder = tmp_path_factory.mktemp("embedder")
     embedder(save_checkpoint(folder / "checkpoint"), pooling="lasttoken").save(str(folder / "it"))
     return str(folder / "it")
@@ -53,7 +53,7 @@ def _inside_tmp_path(tmp_path, monkeypatch):
 
 
 def run(*args, status=0):
-    """Run the command in this process; an exception that it does not handle is raised here."""
+    """Run the command in this process; raise any exception that it does not handle."""
     result = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -74,7 +74,7 @@ def ids(path="out.parquet"):
 
 
 def plain(model, texts):
-    """What the released library makes of each text on its own, unchunked."""
+    """Embed each text on its own, unchunked, with the released library."""
     reference = SentenceTransformer(model, device="cpu")
     return np.stack([reference.encode(text) for text in texts])
 
@@ -85,7 +85,7 @@ def cosine_distance(a, b):
 
 
 def complaints(result):
-    """The lines on stderr, without what the libraries say."""
+    """Return the lines on stderr, without those of the libraries."""
     lines = result.stderr.replace("\r", "\n").splitlines()
     return [line for line in lines if line and not re.match(r"\[transformers\]|Loading ", line)]
 
@@ -99,7 +99,7 @@ def write(path, content):
 
 
 def write_texts(*lengths):
-    """Text files 0.txt, 1.txt, ... of these lengths; returns their names."""
+    """Write text files 0.txt, 1.txt, ... of these lengths; return their names."""
     return [write(f"{i}.txt", text(length, seed=i)) for i, length in enumerate(lengths)]
 
 
@@ -109,7 +109,7 @@ def interrupt(*args):
 
 @pytest.fixture
 def embedded(monkeypatch):
-    """The ids of the documents that went through the model, in their order."""
+    """Return the ids of the documents that went through the model, in their order."""
     seen = []
     original = _embed._embed_texts
 
@@ -121,7 +121,7 @@ def embedded(monkeypatch):
     return seen
 
 
-# What it writes.
+# The output.
 
 
 def test_rows_of_all_kinds_of_input_are_those_of_a_plain_encode(model):
@@ -183,7 +183,7 @@ def test_dtype_is_the_models_and_rows_stay_float32(model, dtype):
     assert settings["dtype"] == dtype
     got = np.array([row["embedding"] for row in rows()])
     distance = cosine_distance(got, plain(model, [Path(name).read_text() for name in names]))
-    # Half a number format away from float32, but the same text.
+    # The difference is half a number format from float32, but the text is the same.
     assert 0 < distance.max() < 1e-2
 
 
@@ -242,7 +242,7 @@ def test_progress_is_over_the_bytes_of_what_is_left_and_moves_inside_a_text(mode
 
 
 def limited(model, folder, tokens, **prompts):
-    """The model, saved with a limit."""
+    """Save the model with a limit."""
     it = SentenceTransformer(str(model), device="cpu", prompts=prompts or None)
     it.max_seq_length = tokens
     it.save(str(folder))
@@ -345,7 +345,7 @@ def test_the_same_command_again_embeds_nothing(model, embedded):
     embed(*names, "--model", model)
     before = rows()
     del embedded[:]
-    # Neither size decides the numbers.
+    # Neither size affects the numbers.
     result = embed(*names, "--model", model, "--batch-size", 1, "--vertical-chunk-size", 5)
     assert embedded == []
     assert rows() == before
@@ -461,7 +461,7 @@ def test_an_interruption_between_output_and_journal_does_no_harm(model, embedded
 
 
 def test_a_journal_torn_anywhere_keeps_its_whole_batches_and_goes_on(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # for speed
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # This saves time.
     path, settings = Path("journal"), {"model": "m"}
     batches = [
         [_embed.Row(f"{n}-{i}", 1, np.full(3, n + i), "") for i in range(2)] for n in range(3)
@@ -485,12 +485,12 @@ def test_a_journal_torn_anywhere_keeps_its_whole_batches_and_goes_on(monkeypatch
         assert end == path.stat().st_size
 
 
-# What it refuses to mix.
+# Outputs that it refuses to mix.
 
 
 @pytest.fixture(scope="session")
 def other_model(model, tmp_path_factory):
-    """The same architecture, with other weights."""
+    """Save a model of the same architecture with other weights."""
     other = SentenceTransformer(model, device="cpu")
     with torch.no_grad():
         for weight in other.parameters():
@@ -545,7 +545,7 @@ def test_the_fingerprint_tells_models_apart_and_is_stable(model, other_model):
     ]
     assert fingerprint(model) == fingerprint(model)
     assert len({fingerprint(model), *changed}) == 4
-    # Where no text is cut, the limit decides nothing; where texts are, the settings have it.
+    # If no text is cut, the limit has no effect; if texts are cut, the settings contain it.
     assert fingerprint(model, max_seq_length=9) == fingerprint(model)
 
 
@@ -663,7 +663,7 @@ def test_unreadable_files_and_folders_are_named(model, monkeypatch):
     write("docs/closed/c.txt", "c")
 
     def denying(original):
-        # Not by chmod, which does not stop root.
+        # chmod would not stop root.
         def denied(path, *args, **kwargs):
             if Path(path).name in ("denied.txt", "closed"):
                 raise PermissionError(13, "Permission denied", str(path))
@@ -751,11 +751,11 @@ def test_usage_errors_come_before_any_work(monkeypatch, args):
     assert sorted(path.name for path in Path().iterdir()) == ["folder", "in.txt"]
 
 
-# What ends the command: one line, and exit status 2.
+# Errors that end the command: one line, and exit status 2.
 
 
 def refusal(*args):
-    """The one line of a command that could not be carried out; it writes nothing."""
+    """Return the one line of a command that could not be carried out, and that wrote nothing."""
     result = embed(*args, status=2)
     lines = [line for line in complaints(result) if line.startswith("Error: ")]
     assert len(lines) == 1, result.stderr
@@ -767,7 +767,7 @@ def refusal(*args):
 
 @pytest.fixture
 def copy(model, tmp_path):
-    """A copy of the model, to be broken."""
+    """Copy the model, so that it can be broken."""
     return shutil.copytree(model, tmp_path / "copy")
 
 
@@ -883,7 +883,7 @@ def test_a_text_that_there_is_no_memory_for_is_named_and_the_rest_embedded(
     monkeypatch.setattr(SentenceTransformer, "encode_document", encode_document)
     result = embed(*names, "--model", model, status=1)
     assert ids() == ["0.txt", "2.txt"]
-    # Side by side, then one by one.
+    # They are tried side by side, then one by one.
     assert embedded == [*names, *names]
     what = "1.txt: found too little memory for it, needed room: try a smaller --vertical-chunk-size"
     assert complaints(result) == [what, "Not embedded: 1, named above."]
@@ -945,7 +945,7 @@ def test_an_output_that_cannot_be_written(model, monkeypatch, code):
     original = Path.open
 
     def denied(path, *args, **kwargs):
-        # Not by chmod, which does not stop root.
+        # chmod would not stop root.
         if path.name == "out.parquet.partial":
             raise OSError(code, os.strerror(code), str(path))
         return original(path, *args, **kwargs)
@@ -1003,7 +1003,7 @@ def test_a_closed_stdout_does_not_matter(monkeypatch):
     with os.fdopen(writer, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
         _embed._say("1 documents")
-    # Nor does it when Python closes it.
+    # Python does not raise either when it closes it.
 
 
 def test_an_output_whose_folder_cannot_be_looked_into(monkeypatch):

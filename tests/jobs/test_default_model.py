@@ -32,7 +32,7 @@ def tokenizer(model):
 
 
 def digest(model):
-    """A hash of all weights."""
+    """Return a hash of all weights."""
     found = hashlib.sha256()
     for name, weight in model.state_dict().items():
         found.update(name.encode() + weight.numpy().tobytes())
@@ -115,7 +115,7 @@ def test_a_question_finds_its_topic(model, topic_embeddings, question, topic):
 
 
 def test_a_text_in_the_end_of_a_long_one_still_counts(model):
-    """Mean pooling sees all of a text; the teacher's window would not."""
+    """Expect mean pooling to see all of a text; the teacher's window would not."""
     long = corpus.long_text()[:20_000]
     question, fact = "how is the soup cooked", "The soup needs two onions and a spoon of paprika. "
     texts = [long, long + "\n\n" + 20 * fact]
@@ -149,7 +149,7 @@ def test_every_text_ends_with_the_end_token_also_in_a_padded_batch(tokenizer):
 def test_the_length_of_a_text_has_no_limit(tokenizer):
     text = corpus.long_text()
     assert len(text) > 400_000
-    assert len(tokenizer(text)["input_ids"]) > 80_000  # No warning, which would be an error here.
+    assert len(tokenizer(text)["input_ids"]) > 80_000  # A warning would be an error here.
 
 
 def test_the_corpus_has_texts_of_any_length():

@@ -1,4 +1,4 @@
-"""Documents out of files and folders: every format, what is refused, and nothing unsaid."""
+"""Documents out of files and folders: every format, the refusals, and nothing unsaid."""
 
 import bz2
 import gzip
@@ -37,7 +37,7 @@ def read(*paths, text="text", name=None):
 
 
 def texts(*paths, **columns):
-    """The texts by id, of inputs in which there is nothing else."""
+    """Return the texts by id, of inputs without a problem."""
     items = read(*paths, **columns)
     assert all(isinstance(item, Document) for item in items), items
     return {item.id: item.text for item in items}
@@ -107,7 +107,7 @@ def test_what_is_compressed_is_read_as_it_streams(suffix, packed):
     content = json_lines(*lines) if suffix == ".jsonl" else "\n".join(["text", *lines])
     name = write(f"a{suffix}{packed}", PACK[packed](content.encode())[:-9])
     documents = read_documents([Path(name)], "text", None)
-    # Who unpacks it first finds out only that its end is missing.
+    # A reader finds out that the end is missing only when it unpacks it.
     assert next(documents).text == lines[0]
     assert isinstance(list(documents)[-1], Problem)
 
@@ -243,7 +243,7 @@ def test_links_to_folders_are_followed_and_circles_noticed():
     what = "docs: 2 links not followed (docs/again): that folder is read already"
     assert told("docs", kind=Note) == [what]
     assert told("docs") == []
-    # A link that is named itself.
+    # The link is named itself.
     Path("named").symlink_to("docs/z")
     assert texts("named") == {"named/c.txt": "c"}
 
@@ -264,7 +264,7 @@ def test_a_folder_behind_a_link_that_is_closed_is_named(monkeypatch):
     original = os.scandir
 
     def scandir(path):
-        # Not by chmod, which does not stop root.
+        # chmod would not stop root.
         if Path(path).name == "link":
             raise PermissionError(13, "Permission denied", str(path))
         return original(path)

@@ -26,7 +26,7 @@ def _causal_conv1d(source):
 
 @pytest.fixture(scope="session")
 def emulated_conv():
-    """Maps "stock" or "patched" to the package causal_conv1d on emulated kernels."""
+    """Map "stock" or "patched" to the package causal_conv1d on emulated kernels."""
 
     def load(source):
         try:
@@ -39,7 +39,7 @@ def emulated_conv():
 
 @pytest.fixture
 def sanitized():
-    """Runs Python code, with arguments, in a process that may build with `sanitize=True`."""
+    """Run Python code, with arguments, in a process that may build with `sanitize=True`."""
     try:
         environment = os.environ | emulation.sanitizer_environment()
     except emulation.Unavailable as reason:

@@ -1,6 +1,6 @@
-"""What the released causal-conv1d gets wrong, and its patches mend.
+"""Defects of the released causal-conv1d, which its patches mend.
 
-Each is a strict expected failure on the release: it says when upstream has mended it.
+Each is a strict expected failure on the release, so that it shows when upstream has mended it.
 """
 
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def released(reason, **kind):
-    """Parametrises `conv` by the release, where `reason` fails, and the patched sources."""
+    """Parametrise `conv` by the release, where `reason` fails, and the patched sources."""
     mark = pytest.mark.xfail(strict=True, reason=reason, **kind)
     return pytest.mark.parametrize(
         "conv", [pytest.param("stock", marks=mark), "patched"], indirect=True
@@ -33,7 +33,7 @@ def conv(request, emulated_conv):
 
 
 def channel_last(*shape, dtype=torch.float32):
-    """Normal noise (batch, dim, seqlen) with stride 1 along dim."""
+    """Return normal noise (batch, dim, seqlen) with stride 1 along dim."""
     batch, dim, seqlen = shape
     return torch.randn(batch, seqlen, dim).to(dtype).transpose(1, 2)
 
@@ -43,7 +43,7 @@ def parameters(dim, width=4):
 
 
 def check(got, expected, dtype, weights=()):
-    """Compares outputs or gradients; those numbered in `weights` are sums over tokens."""
+    """Compare outputs or gradients; those numbered in `weights` are sums over tokens."""
     for number, (a, b) in enumerate(zip(got, expected, strict=True)):
         rtol, atol = KERNEL_CONV_SUMMED if number in weights else KERNEL_CONV[dtype]
         torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol)
@@ -130,7 +130,7 @@ def test_no_read_past_the_gradient_of_final_states(source):
         check=False,
     )
     if "loaded" not in done.stdout:
-        raise RuntimeError(done.stderr)  # neither of the two results
+        raise RuntimeError(done.stderr)  # It is neither of the two results.
     assert "AddressSanitizer" not in done.stderr, done.stderr
     assert "done" in done.stdout, done.stderr
 
@@ -301,7 +301,7 @@ def test_nothing_to_do(conv, batch, seqlen):
 
 @released("offsets wrap around at 2^32 elements", raises=BaseException)
 def test_offsets_that_do_not_fit_are_refused(conv, tmp_path):
-    # A file with a hole: 8 GiB of addresses, no memory.
+    # This is a file with a hole: 8 GiB of addresses, no memory.
     size = 2**32 + 8 * 16
     storage = torch.from_file(str(tmp_path / "hole"), shared=True, size=size, dtype=torch.bfloat16)
     x = storage.as_strided((2, 8, 16), (2**32, 1, 8))
@@ -336,7 +336,7 @@ def test_final_states_with_seq_idx(conv):
 
 @pytest.mark.parametrize("source", ["patched"])
 def test_upstreams_reference_is_as_the_recurrence(emulated_conv, source):
-    """`causal_conv1d_ref`, which upstream's tests compare with, says the same as our oracle."""
+    """Compare `causal_conv1d_ref`, which upstream's tests compare with, with our oracle."""
     reference = emulated_conv(source).causal_conv1d_ref
     for width in (2, 3, 4):
         x = torch.randn(5, 6, 9, requires_grad=True)

@@ -1,6 +1,7 @@
-"""The four laws for causal-conv1d's kernels, stock (what it can) and patched, on a CPU emulation.
+"""The four laws for causal-conv1d's kernels, stock (where it can) and patched, on an emulation.
 
-`conv_oracle.py` is what they are held against. Forward and backward, with initial and final states.
+`conv_oracle.py` is the standard. They are tested forward and backward, with initial and final
+states.
 """
 
 import re
@@ -23,7 +24,7 @@ EXAMPLES = [pytest.param(25, id="quick"), pytest.param(200, id="thorough", marks
 PADDING = -1
 
 # A block of the kernel has 64 (forward, and backward up to 128) or 128 tokens, and 32 (float) or 64
-# channels. Sequences that end near those borders, and ones that are shorter than the state.
+# channels. These draw sequences that end near those borders, and some shorter than the state.
 LENGTHS = st.one_of(
     st.integers(1, 6),
     st.sampled_from([60, 61, 62, 63, 64, 65, 66, 67, 125, 126, 127, 128, 129, 130, 131]),
@@ -36,7 +37,7 @@ PADS = st.one_of(
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution's weights and how it is called."""
+    """The weights of a convolution, and the way in which it is called."""
 
     width: int
     dim: int
@@ -74,7 +75,7 @@ def leaf(tensor):
 
 
 def call(function, conv, x, seq_idx, initial, **extra):
-    """out, final states, and a function from their gradients to those of all inputs."""
+    """Return out, final states, and a function from their gradients to those of all inputs."""
     weight, bias = (leaf(p) for p in conv.parameters())
     x, initial = leaf(x), leaf(initial)
     out, final = function(x, weight, bias, seq_idx=seq_idx, initial_states=initial, **extra)
@@ -98,7 +99,7 @@ def call(function, conv, x, seq_idx, initial, **extra):
 
 @pytest.fixture
 def kernel(emulated_conv, monkeypatch):
-    """The patched kernel as a function of a `Conv` and its inputs."""
+    """Return the patched kernel as a function of a `Conv` and its inputs."""
 
     def run(conv, x, seq_idx=None, initial=None, source="patched"):
         monkeypatch.setenv("CAUSAL_CONV1D_DETERMINISTIC", str(int(conv.deterministic)))
@@ -140,7 +141,7 @@ def assert_close(conv, got, expected, names=("x", "initial", "weight", "bias")):
 
 
 def pack(conv, rows):
-    """Rows of (left padding, sequences, right padding) -> x with NaN at padding, and seq_idx."""
+    """Turn rows of (left padding, sequences, right padding) into x, NaN at padding, and seq_idx."""
     seqlen = max(
         left + sum(s.shape[1] for s in sequences) + right for left, sequences, right in rows
     )
@@ -208,7 +209,7 @@ def test_chunking_is_invisible(kernel, count):
         initial = torch.stack([conv.state() for _ in rows])
         out, final, _ = kernel(conv, x, seq_idx, initial)
 
-        # The contract leaves it to the caller: zeros where a chunk starts with a new sequence.
+        # The contract leaves it to the caller to give zeros where a chunk starts a new sequence.
         state, outs, backwards, keeps = initial, [], [], []
         for start, end in bounds:
             keep = torch.ones(len(rows), 1, 1, dtype=torch.bool)
@@ -228,7 +229,7 @@ def test_chunking_is_invisible(kernel, count):
         assert torch.equal(torch.cat(outs, dim=-1), out)
         assert torch.equal(state, final)
 
-        # Back through the chunks; a state's gradient is rounded to its dtype at every cut.
+        # Go back through the chunks; a state's gradient is rounded to its dtype at every cut.
         dout = conv.random(*x.shape)
         dfinal = conv.random(*final.shape)
         dx, dweight, dbias = [], 0, 0
@@ -356,7 +357,7 @@ def test_unpadded_chunks_are_invisible_without_seq_idx(kernel, source, count):
     @examples(count)
     @given(CONVS, LENGTHS, st.data())
     def law(conv, length, data):
-        # Released kernels do this forward; backward, see test_conv_defects.py.
+        # Released kernels do this forward; for backward, see test_conv_defects.py.
         x = conv.random(2, conv.dim, length)
         initial = conv.random(2, conv.width - 1, conv.dim).transpose(1, 2)
         cut = data.draw(st.integers(0, length))
@@ -376,7 +377,7 @@ def test_unpadded_chunks_are_invisible_without_seq_idx(kernel, source, count):
 
 @pytest.mark.parametrize("order", ["reverse", "random"])
 def test_threads_may_run_in_any_order(kernel, order):
-    """Every barrier that a kernel needs is there: the same result whichever thread runs first."""
+    """Show that every needed barrier is there: any order of threads gives the same result."""
     conv = Conv(4, 40, torch.float32, silu=True, has_bias=True, deterministic=True)
     sequences = [conv.random(conv.dim, n) for n in (70, 1, 66)]
     x, seq_idx = pack(conv, [(63, sequences, 5), (0, [], 3), (130, sequences[:1], 0)])
@@ -392,8 +393,8 @@ def test_threads_may_run_in_any_order(kernel, order):
         assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
 
 
-# Faults in what the patches add to the kernels, each of which the recurrence must tell: the file,
-# what is there, and what stands there instead, where M is 1 when the fault is on and else 0.
+# Faults in what the patches add to the kernels, each of which the recurrence must detect: the file,
+# the text, and its replacement, in which M is 1 when the fault is on and else 0.
 FAULTS = [
     ("fwd", "l >= first_token - (kWidth - 1)", "l >= first_token - (kWidth - 1 - M)"),
     ("fwd", "last_token / kChunkSizeL", "(last_token + M) / kChunkSizeL"),
@@ -424,7 +425,7 @@ FAULTS = [
 
 @pytest.fixture(scope="module")
 def faulty():
-    """The patched package, in float32, with all faults in it and none of them on."""
+    """Load the patched package, in float32, with all faults in it and none of them on."""
     tree = forks.patched("causal-conv1d")
     texts = {}
     for number, (name, old, new) in enumerate(FAULTS, 1):
@@ -443,7 +444,7 @@ def faulty():
 
 
 def differs_from_recurrence(package):
-    """Whether rows of all kinds, forward and backward, are not as in the recurrence."""
+    """Return whether rows of all kinds, forward and backward, differ from the recurrence."""
     generator = torch.Generator().manual_seed(0)
     rows = [
         (0, [70]),

@@ -1,4 +1,4 @@
-"""The emulation itself: it finds what it says it finds, also in causal-conv1d's kernels."""
+"""The emulation itself: it finds what it claims to find, also in causal-conv1d's kernels."""
 
 import ctypes
 import re
@@ -155,7 +155,7 @@ def kernels(tmp_path_factory):
 def test_fault_is_raised(kernels, name, message, order, seed):
     with pytest.raises(RuntimeError, match=message):
         kernels(name, order=order, seed=seed, shared=512)
-    kernels("reversed")  # and what comes next runs
+    kernels("reversed")  # The next launch runs.
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_what_is_right_runs_in_any_order(kernels, order, seed):
     assert kernels("own_variables")[:4].equal(torch.arange(1.0, 5))
     data = kernels("sums", order=order, seed=seed)
     assert data[0] == 127 * 128 / 2
-    assert data[1].isnan()  # a sum is thread 0's alone
+    assert data[1].isnan()  # Only thread 0 has the sum.
     assert data[64:95].equal(torch.arange(65.0, 96))
     copied = kernels("copies", torch.arange(1024.0), order=order, seed=seed)[512:]
     position = torch.arange(300)
@@ -213,7 +213,7 @@ def test_what_several_processes_need_is_made_once(tmp_path):
     def make(text):
         with _build._making(target) as temporary:
             if temporary:
-                time.sleep(0.1)  # Long enough for the others to look.
+                time.sleep(0.1)  # This gives the others time to look.
                 temporary.write_text(text)
         return target.read_text()
 
@@ -266,12 +266,12 @@ CASES = {
 
 
 def run(package, *, channel_last, length, activation, dim, states=(), ids=False):
-    """The outputs and gradients by name."""
+    """Return the outputs and gradients by name."""
     torch.manual_seed(0)
     batch, width = 2, 4
 
     def make(*shape, last=False):
-        if last:  # channels are the last in memory
+        if last:  # Channels are the last in memory.
             shape = (shape[0], shape[2], shape[1])
         tensor = torch.randn(*shape)
         tensor = tensor.transpose(1, 2) if last else tensor
@@ -286,7 +286,7 @@ def run(package, *, channel_last, length, activation, dim, states=(), ids=False)
         inputs["initial_states"] = make(batch, dim, width - 1, last=True)
     extra = {}
     if ids:
-        row = (torch.arange(length) + 36) // 37  # the first sequence has one token
+        row = (torch.arange(length) + 36) // 37  # The first sequence has one token.
         rows = torch.stack([torch.where(row < 1, -1, row), torch.where(row > 3, -1, row)])
         extra["seq_idx"] = emulation.guarded(rows.int())
     results = package.causal_conv1d_fn(
@@ -296,7 +296,7 @@ def run(package, *, channel_last, length, activation, dim, states=(), ids=False)
     outputs = dict(zip(("out", "final_states"), results, strict=False))
     grads = {f"d{name}": make(*out.shape, last=channel_last) for name, out in outputs.items()}
     if ids:
-        # Padding has no gradient here: what the kernel makes of one is a defect, and not meant.
+        # Padding has no gradient here: the kernel's result for one is a defect, and not meant.
         grads["dout"].data.masked_fill_((extra["seq_idx"] < 0)[:, None], 0)
     found = torch.autograd.grad(results, list(inputs.values()), list(grads.values()))
     outputs |= {f"d{name}": grad for name, grad in zip(inputs, found, strict=True)}
@@ -304,7 +304,7 @@ def run(package, *, channel_last, length, activation, dim, states=(), ids=False)
 
 
 def differences(found, expected):
-    """The names of results that differ; sums over blocks may differ by rounding."""
+    """Name the results that differ; sums over blocks may differ by rounding."""
     names = []
     for name, value in expected.items():
         assert not value.isnan().any(), name
@@ -315,9 +315,9 @@ def differences(found, expected):
     return names
 
 
-# Faults put into the kernels: file, which occurrence of the text, and the text, in which what
-# stands between @ is added; M is 1 when the fault is on, else 0. All are compiled at once, and
-# switched on one by one.
+# Faults put into the kernels: the file, the occurrence of the text, and the text, with the addition
+# between @; M is 1 when the fault is on, else 0. All are compiled at once, and switched on one by
+# one.
 FAULTS = {
     "forward: last thread writes early": ("fwd", 0, "tidx < kNThreads - 1@ + M@"),
     "forward: last thread never writes": ("fwd", 0, "tidx == kNThreads - 1@ + M@"),
@@ -343,7 +343,7 @@ FAULTS = {
     "backward: initial state, any id": ("bwd", 0, "@M || @seq_idx_thread[i] == seq_idx_thread"),
 }
 
-# Mutants that change nothing, and why that is so.
+# Mutants that change nothing, with the reason.
 ORDERED = "the barriers before and after the next exchange keep the two apart already"
 OWN_PART = "CUB's store ends in a barrier of its own; each warp has its own part of the memory"
 EQUIVALENT = {
@@ -363,7 +363,7 @@ BARRIER = "__syncthreads();"
 
 
 def mutants(tree):
-    """Names of all mutants, and the sources that have them all."""
+    """Return the names of all mutants, and the sources that have them all."""
     texts = {key: (tree / f"csrc/causal_conv1d_{key}.cu").read_text() for key in ("fwd", "bwd")}
     faults = dict(FAULTS)
     for key, text in texts.items():
@@ -389,7 +389,7 @@ except forks.ForkError as reason:
 
 @pytest.fixture(scope="module")
 def faulty():
-    """The package with all faults in it, and what it gives where none is on."""
+    """Return the package with all faults in it, and its results where none is on."""
     try:
         package = emulation.causal_conv1d(
             forks.stock("causal-conv1d"), types=[("float", "float")], replace=SOURCES
@@ -408,7 +408,7 @@ def test_order_of_threads_is_invisible(faulty, name):
 
 
 def first_difference(package, expected):
-    """What tells the mutant that is on from the original, or None."""
+    """Say how the mutant that is on differs from the original, or return None."""
     for case, kind in CASES.items():
         for order, seed in ORDERS:
             try:

@@ -1,6 +1,8 @@
-"""`use_fused_scan` of the fork of transformers, with the patched kernels themselves: mamba-ssm's
-under Triton's interpreter, causal-conv1d's CUDA sources on the emulation. `nox -s test-forks` runs
-it; with the operation in plain torch: tests/laws/test_released.py and the fork's own tests.
+"""`use_fused_scan` of the fork of transformers, with the patched kernels themselves.
+
+mamba-ssm's kernels run under Triton's interpreter, causal-conv1d's CUDA sources on the emulation.
+`nox -s test-forks` runs these tests. tests/laws/test_released.py and the fork's own tests use the
+operation in plain torch.
 """
 
 import importlib
@@ -43,14 +45,14 @@ SMALL = {"num_heads": 2, "head_dim": 8, "hidden_size": 8, "state_size": 8, "n_gr
 
 @pytest.fixture(scope="module")
 def packages(emulated_conv):
-    """The patched causal-conv1d and the ops of the patched mamba-ssm."""
+    """Return the patched causal-conv1d and the ops of the patched mamba-ssm."""
     conv = emulated_conv("patched")
     return conv, interpreter.mamba_ssm(forks.sources("mamba-ssm", "patched"), conv=conv)
 
 
 @pytest.fixture
 def calls(packages, monkeypatch):
-    """The arguments of the fused op, which the models find in the installed mamba-ssm."""
+    """Return the calls of the fused op, which the models find in the installed mamba-ssm."""
     conv, ops = packages
     made = []
     op = ops.ssd_combined.mamba_split_conv1d_scan_combined
@@ -76,7 +78,7 @@ def calls(packages, monkeypatch):
 @pytest.mark.parametrize("sizes", [[7, 1, 9], [17]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_mamba2_is_the_float64_recurrence(calls, dtype, sizes):
-    """Padded by more than a chunk, with biases and a clamped step."""
+    """Pad by more than a chunk, with biases and a clamped step."""
     config = {"time_step_limit": (0.01, 0.4), "use_bias": True, **SMALL}
     left, ids = [0, 8], tokens(2, 17)
     unfused = tiny_model("mamba2", dtype, **config)
@@ -93,7 +95,7 @@ def test_mamba2_is_the_float64_recurrence(calls, dtype, sizes):
 
 @torch.no_grad()
 def test_the_states_are_those_of_each_row_alone(calls):
-    """Padding on either side, over a whole chunk; the rows' lengths are 17, 9 and 9."""
+    """Pad on either side, over a whole chunk; the rows' lengths are 17, 9 and 9."""
     model, ids = tiny_model("mamba2", use_fused_scan=True, **SMALL), tokens(3, 17)
     mask = torch.ones_like(ids)
     mask[1, :8] = mask[2, 9:] = 0
@@ -123,7 +125,7 @@ def test_the_states_are_those_of_each_row_alone(calls):
     ],
 )
 def test_every_family_gives_each_row_alone(calls, model_type, case):
-    """With 4 heads, 2 groups and several inner chunks, against the unfused path in one pass."""
+    """Use 4 heads, 2 groups and several inner chunks; compare with the unfused path in one pass."""
     settings = {BIAS[model_type]: True} if case == PADDED_BIAS else {}
     if case == LIMIT:
         settings = {"time_step_limit": (0.02, 0.1)}
@@ -141,7 +143,7 @@ def test_every_family_gives_each_row_alone(calls, model_type, case):
 
 @pytest.mark.parametrize("sizes", [[17], [8, 9]], ids=str)
 def test_training_has_the_gradients_of_the_unfused_path(calls, sizes):
-    """Also through the states in the cache."""
+    """Include the gradients through the states in the cache."""
     model, ids = tiny_model("mamba2", use_bias=True, **SMALL).train(), tokens(2, 17)
     mask = torch.ones_like(ids)
     mask[1, :10] = 0

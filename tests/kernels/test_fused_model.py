@@ -1,6 +1,7 @@
-"""Models on the fused path, with the kernels themselves: mamba-ssm's under Triton's interpreter,
-causal-conv1d's CUDA sources on the emulation. tests/families/test_mamba2_kernels.py says when the
-path is taken.
+"""Models on the fused path, with the kernels themselves.
+
+mamba-ssm's kernels run under Triton's interpreter, causal-conv1d's CUDA sources on the emulation.
+tests/families/test_mamba2_kernels.py tests when the path is taken.
 """
 
 import functools
@@ -23,7 +24,7 @@ if reason := interpreter.unavailable():
 from ci import forks
 
 for model_type in mamba2.MIXERS:
-    # At its import a model takes the packages that are there; its own path is to be in torch.
+    # At its import a model takes the packages that are there, but its own path must be torch.
     importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
 
 # Half of the heads and states of the other tests: the interpreter runs about a scan a second.
@@ -32,7 +33,7 @@ SMALL = {"num_heads": 2, "head_dim": 8, "hidden_size": 8, "state_size": 8, "n_gr
 
 @pytest.fixture(scope="module")
 def packages(emulated_conv):
-    """Maps "stock" or "patched" to causal-conv1d and the ops of mamba-ssm with it."""
+    """Map "stock" or "patched" to causal-conv1d and the ops of mamba-ssm with it."""
 
     @functools.cache
     def load(source):
@@ -44,7 +45,7 @@ def packages(emulated_conv):
 
 @pytest.fixture(params=["composed", "whole"])
 def calls(request, packages):
-    """Puts released or patched packages in place; the calls of the fused path."""
+    """Put released or patched packages in place, and yield the calls of the fused path."""
     conv, ops = packages("stock" if request.param == "composed" else "patched")
     with in_place(kernels(conv, ops)) as made:
         assert mamba2_kernels.probe().reason.startswith("composed") == (request.param == "composed")
@@ -60,7 +61,7 @@ def in_chunks(model, ids, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_mamba2_is_the_float64_recurrence(calls, dtype, width):
-    """Also with a clamped step, biases, and a last chunk that is shorter."""
+    """Include a clamped step, biases, and a last chunk that is shorter."""
     model = tiny_model(
         "mamba2", dtype, time_step_limit=(0.01, 0.4), use_bias=True, conv_kernel=width, **SMALL
     )
@@ -96,7 +97,7 @@ def test_the_states_in_the_cache_are_those_of_transformers(calls, sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(mamba2.MIXERS))
 def test_every_family_gives_what_transformers_gives(calls, model_type):
-    """With 4 heads, 2 groups, and several inner chunks; rows end in different chunks."""
+    """Use 4 heads, 2 groups, and several inner chunks; rows end in different chunks."""
     model, ids = tiny_model(model_type), tokens(2, 31)
     mask = torch.ones_like(ids)
     mask[1, 14:] = 0

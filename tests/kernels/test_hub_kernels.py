@@ -1,4 +1,4 @@
-"""What hub kernels run on a GPU, called through their ops, on emulated kernels: as the fork."""
+"""The hub kernels' code for a GPU, called through its ops, on emulated kernels: as the fork."""
 
 import importlib
 import itertools
@@ -16,7 +16,7 @@ _names = (f"hub_kernel_{number}" for number in itertools.count())
 
 @pytest.fixture
 def package():
-    """Maps a kernel and what its ops are to a module of it, whose `__init__` is not run."""
+    """Map a kernel and its ops to a module of it, without running its `__init__`."""
     libraries = []
 
     def load(kernel, functions, module):
@@ -39,7 +39,7 @@ def package():
 
 
 def outcome(function, leaves, *others):
-    """Outputs and gradients."""
+    """Return outputs and gradients."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     outs = function(*leaves, *others)
     douts = [torch.linspace(-1, 1, out.numel()).view_as(out) for out in outs]

@@ -42,7 +42,7 @@ def test_worse_is_fewer_blocks_or_more_spills():
     added = old._replace(arguments=("128", "true", "true"))
     assert registers.predecessor(new, {old: Use(40, 0)}) == old
     assert registers.predecessor(added, {old: Use(40, 0)}) is None
-    assert not registers.is_worse(old, Use(33, 0), Use(40, 0))  # registers come in eights
+    assert not registers.is_worse(old, Use(33, 0), Use(40, 0))  # Registers come in eights.
     assert registers.is_worse(old, Use(40, 0), Use(41, 0))
     assert registers.is_worse(old, Use(40, 0), Use(40, 4))
     assert not registers.is_worse(old, Use(41, 0), Use(40, 4))

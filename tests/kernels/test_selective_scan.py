@@ -40,13 +40,13 @@ def _load(source, **options):
 
 @functools.cache
 def quick():
-    """The patched interface, on few kernels."""
+    """Load the patched interface, on few kernels."""
     return _load("patched", sizes=QUICK_SIZES)
 
 
 @functools.cache
 def full(source):
-    """A tree's interface, on the kernels of all sizes and types."""
+    """Load a tree's interface, on the kernels of all sizes and types."""
     return _load(source, types=TYPES)
 
 
@@ -64,7 +64,7 @@ def inputs(
     dim=4,
     dstate=3,
 ):
-    """Arguments of the scan, between guard zones; `optional` are D, z and delta_bias."""
+    """Make arguments of the scan between guard zones; `optional` are D, z and delta_bias."""
     generator = torch.Generator().manual_seed(seqlen)
 
     def normal(*shape, dtype=torch.float32):
@@ -96,10 +96,10 @@ def inputs(
 
 
 def results(scan, arguments, *, softplus=True, through_state=True):
-    """Output, last state and all gradients, of a loss that reads the last state or does not."""
+    """Return output, last state and gradients, of a loss that reads the last state or does not."""
     out, last = scan(**arguments, delta_softplus=softplus)
     generator = torch.Generator().manual_seed(1)
-    # Rounded, so that the gradient of the output is the same in all dtypes.
+    # They are rounded, so that the gradient of the output is the same in all dtypes.
     loss = (out * torch.randn(out.shape, generator=generator).bfloat16().to(out.dtype)).sum()
     if through_state:
         weight = torch.randn(last.shape, generator=generator)
@@ -114,7 +114,7 @@ def kernel(module):
 
 
 def exact(arguments):
-    """The same in float64."""
+    """Convert arguments to float64."""
     return {
         n: t.detach().to(torch.complex128 if t.is_complex() else torch.float64).requires_grad_()
         for n, t in arguments.items()
@@ -122,10 +122,10 @@ def exact(arguments):
 
 
 def agree(found, expected, dtype=torch.float32):
-    """All within the tolerance of the dtype, relative to the largest value of each."""
+    """Expect all within the tolerance of the dtype, relative to the largest value of each."""
     for name, value in expected.items():
         error = (found[name].detach() - value.detach()).abs().max() / value.abs().max()
-        # Written so that a NaN fails.
+        # In this form a NaN fails.
         assert error <= KERNEL_SELECTIVE_SCAN[dtype], f"{name}: {error:.1e} of the largest value"
 
 
@@ -161,7 +161,7 @@ def test_constant_weights(variable_c, softplus):
 
 
 def pieces(module, arguments, cuts, length):
-    """The scan piece by piece, the last state of one the initial state of the next."""
+    """Run the scan piece by piece; each last state is the next initial state."""
 
     def scan(delta_softplus, initial_states=None, **rest):
         outputs = []
@@ -189,7 +189,7 @@ def pieces(module, arguments, cuts, length):
     st.booleans(),
 )
 def test_chunking_is_invisible(row, states):
-    """Wherever a row is split; so are the gradients, which go through the states."""
+    """Split rows anywhere; include the gradients, which go through the states."""
     length, cuts = row
     arguments = inputs(length, states=states)
     whole = results(selective_scan_oracle, exact(arguments))
@@ -204,7 +204,7 @@ def test_chunking_is_invisible_in_long_rows(cuts):
 
 
 def test_batching_is_invisible():
-    """Bit for bit: a row alone, of a batch whose other rows are NaN, states included."""
+    """Compare bit for bit: a row alone, and in a batch whose other rows and states are NaN."""
     arguments = inputs(100)
     with torch.no_grad():
         whole = kernel(quick())(**arguments)
@@ -289,7 +289,7 @@ def test_every_kind_of_weight(weight, variable_b, variable_c, softplus, source):
         selective_scan_oracle, exact(arguments), softplus=softplus, through_state=False
     )
     if source == "stock" and not variable_b:
-        del expected["last_state"]  # test_the_last_state
+        del expected["last_state"]  # See test_the_last_state.
     found = results(kernel(full(source)), arguments, softplus=softplus, through_state=False)
     agree(found, expected)
 
@@ -336,7 +336,7 @@ OUT_OF_BOUNDS = pytest.mark.xfail(
 @SLOW
 @pytest.mark.parametrize("source", [pytest.param("stock", marks=OUT_OF_BOUNDS), "patched"])
 def test_groups_of_complex_weights(source):
-    """So small that what is written out of bounds stays in a guard zone, and breaks nothing."""
+    """Keep it so small that writes out of bounds stay in a guard zone, and break nothing."""
     arguments = inputs(60, weight=torch.complex64, states=False, batch=1, dim=2, dstate=1)
     check(full(source), arguments, through_state=False)
 
@@ -352,7 +352,7 @@ MISALIGNED = pytest.mark.xfail(
 @pytest.mark.parametrize("source", [pytest.param("stock", marks=MISALIGNED), "patched"])
 @pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z", "out"])
 def test_views_of_a_longer_row(name, source):
-    """A slice along the sequence; "out" is its gradient, which torch.cat makes such a slice."""
+    """Slice along the sequence; "out" is its gradient, which torch.cat makes such a slice."""
     arguments = inputs(128, states=False)
     expected = results(selective_scan_oracle, exact(arguments), through_state=False)
 
@@ -370,7 +370,7 @@ def test_views_of_a_longer_row(name, source):
 @SLOW
 @pytest.mark.parametrize("seqlen", [1, 100, 128, 512, 2049])
 def test_without_states_the_numbers_are_those_of_stock(seqlen):
-    """Bit for bit; a loss that does not read the last state."""
+    """Compare bit for bit, with a loss that does not read the last state."""
     arguments = inputs(seqlen, states=False, batch=1)
     stock, patched = (
         results(kernel(full(source)), arguments, through_state=False)
@@ -382,7 +382,7 @@ def test_without_states_the_numbers_are_those_of_stock(seqlen):
 FWD, BWD = "selective_scan_fwd_kernel.cuh", "selective_scan_bwd_kernel.cuh"
 REVERSE = "reverse_scan.cuh"
 INITIAL = "initial_states[state_idx * params.initial_states_dstate_stride"
-# name: (file, text, what stands in for it)
+# By name: the file, the text, and its replacement.
 FAULTS = {
     "no initial state": (
         FWD,
@@ -420,8 +420,8 @@ FAULTS = {
         "chunk == (FAULT ? params.n_chunks - 1 : 0) && threadIdx.x == 0 && params.d",
     ),
 }
-# Which of a file's barriers must not be missing. The others are dead code (more than one row per
-# block), of the complex kernels, or not needed: a store after a load, or a load after a store,
+# The barriers of each file that must not be missing. The others are dead code (more than one row
+# per block), of the complex kernels, or not needed: a store after a load, or a load after a store,
 # exchanges its items through the very slots that the lane itself touched last.
 BARRIERS = {FWD: (2, 3), BWD: (1, 2, 3, 4, 7, 8, 12, 13), REVERSE: (0, 1)}
 NAMES = [*FAULTS, *(f"{file}, barrier {i}" for file, which in BARRIERS.items() for i in which)]
@@ -429,7 +429,7 @@ NAMES = [*FAULTS, *(f"{file}, barrier {i}" for file, which in BARRIERS.items() f
 
 @functools.cache
 def faulty():
-    """The patched interface with all faults, of which `emulation.mutant` turns one on."""
+    """Load the patched interface with all faults, of which `emulation.mutant` turns one on."""
     csrc = forks.patched("mamba-ssm") / "csrc" / "selective_scan"
     texts = {file: (csrc / file).read_text() for file in BARRIERS}
     for name, (file, old, new) in FAULTS.items():
@@ -449,7 +449,7 @@ def faulty():
 
 @functools.cache
 def _row(seqlen):
-    """Arguments with a strided state, and what the kernels make of them."""
+    """Return arguments with a strided state, and the kernels' results for them."""
     arguments = inputs(seqlen, groups=1, batch=1, dim=2, dstate=2)
     state = arguments["initial_states"].detach()
     strided = emulation.guarded(torch.stack([state, state + 1], -1))[..., 0]
@@ -460,7 +460,7 @@ def _row(seqlen):
 @SLOW
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fault_is_caught(name):
-    """In one of four orders of threads, in a row of one warp, of parts of blocks or whole ones."""
+    """Catch it in one of four orders of threads, in rows of a warp, of part or whole blocks."""
     with emulation.mutant(0):
         rows = [_row(seqlen) for seqlen in (100, 2500, 4096)]
     with emulation.mutant(NAMES.index(name) + 1):
@@ -474,7 +474,7 @@ def test_a_fault_is_caught(name):
     pytest.fail("no test would have seen it")
 
 
-# Reads one element past the end of a row, which nothing that is stored depends on.
+# Reads of one element past the end of a row, on which nothing that is stored depends.
 READS = {
     "the input": (
         FWD,
@@ -490,7 +490,7 @@ READS = {
 
 
 def misreading(**options):
-    """The patched interface with all of `READS`, of which `emulation.mutant` turns one on."""
+    """Load the patched interface with all of `READS`, of which `emulation.mutant` turns one on."""
     csrc = forks.patched("mamba-ssm") / "csrc" / "selective_scan"
     texts = {}
     for number, (file, old, new) in enumerate(READS.values(), 1):

@@ -1,8 +1,9 @@
 """The four laws for mamba-ssm's SSD kernels, forward and backward, run by Triton's interpreter.
 
 A `Case` is a call of `mamba_chunk_scan_combined` or `mamba_split_conv1d_scan_combined` on packed,
-padded rows; it is held to the float64 recurrence of `ssd_oracle.py`, in which every law is plain to
-see. What lies beside an input is NaN, and so is what a kernel allocates without filling it.
+padded rows. It is compared with the float64 recurrence of `ssd_oracle.py`, in which every law is
+plain to see. Memory beside an input is NaN, and so is memory that a kernel allocates without
+filling it.
 """
 
 import functools
@@ -28,10 +29,10 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `rows` are (id, number of tokens) in order; None is a call without `seq_idx`.
+    """A call. `rows` are (id, number of tokens) in order; None is a call without `seq_idx`.
 
-    With `splits` the call is made piece by piece, each piece going on from the states that the one
-    before exported. `conv_states` asks for what only the patched fused op has.
+    With `splits` the call is made piece by piece, and each piece continues from the states that the
+    one before exported. `conv_states` asks for what only the patched fused op has.
     """
 
     fused: bool = False
@@ -46,11 +47,11 @@ class Case:
     dstate: int = 4
     ngroups: int = 1
     dtype: torch.dtype = torch.float32
-    skip: str | None = "head"  # D: per head, per "channel", or none
+    skip: str | None = "head"  # D is per head, per "channel", or absent.
     dt_limit: tuple[float, float] = (0.0, math.inf)
-    dt_given: bool = False  # the scan gets dt itself, without bias and softplus
+    dt_given: bool = False  # The scan gets dt itself, without bias and softplus.
     z: bool = False
-    norm: str | None = None  # gated RMSNorm: "before" or "after" the gate
+    norm: str | None = None  # The gated RMSNorm comes "before" or "after" the gate.
     d_nonssm: int = 0
     outproj: bool = False
     activation: str | None = "silu"
@@ -58,14 +59,14 @@ class Case:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(batch, seqlen)."""
+        """Return (batch, seqlen)."""
         if self.rows is None:
             return 2, self.seqlen
         return len(self.rows), sum(count for _, count in self.rows[0])
 
     @property
     def seq_idx(self) -> torch.Tensor | None:
-        """Int32 (batch, seqlen), or None."""
+        """Return int32 (batch, seqlen), or None."""
         if self.rows is None:
             return None
         ids = [[i for i, count in row for _ in range(count)] for row in self.rows]
@@ -73,7 +74,7 @@ class Case:
 
 
 def inputs(case: Case) -> dict[str, torch.Tensor]:
-    """Leaves of the call, in the dtypes in which a model has them.
+    """Make the leaves of the call, in the dtypes in which a model has them.
 
     Decay is slow, 0.3 to 0.9 over an inner chunk, so that a state that is lost or wrong shows.
     """
@@ -97,7 +98,7 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
             "conv1d_bias": torch.randn(conv_dim) / 2,
         }
         if case.initial and case.conv_states:
-            # The layout that causal-conv1d asks for: channels last.
+            # causal-conv1d asks for this layout: channels last.
             typed["initial_conv_states"] = torch.randn(batch, 3, conv_dim).transpose(1, 2)
         if case.norm:
             typed["rmsnorm_weight"] = 1 + torch.randn(dim) / 4
@@ -120,7 +121,7 @@ def inputs(case: Case) -> dict[str, torch.Tensor]:
 
 
 def call_kernels(ops, case: Case, given: dict, seq_idx) -> list[torch.Tensor]:
-    """Output, final SSM states and, where the case has them, final conv states."""
+    """Return output, final SSM states and, where the case has them, final conv states."""
     kwargs = {"chunk_size": case.chunk_size, "seq_idx": seq_idx, "dt_limit": case.dt_limit}
     kwargs |= {"return_final_states": True} | given
     if not case.fused:
@@ -134,7 +135,7 @@ def call_kernels(ops, case: Case, given: dict, seq_idx) -> list[torch.Tensor]:
 
 
 def call_oracle(_, case: Case, given: dict, seq_idx) -> list[torch.Tensor]:
-    """The same of the float64 recurrence."""
+    """Return the same as `call_kernels`, by the float64 recurrence."""
     kwargs = {"seq_idx": seq_idx, "dt_limit": case.dt_limit} | given
     if not case.fused:
         return list(oracle.scan(**kwargs, dt_softplus=not case.dt_given))
@@ -156,7 +157,7 @@ STATES = ("initial_states", "initial_conv_states")
 
 
 def in_pieces(call, ops, case: Case, leaves: dict) -> list[torch.Tensor]:
-    """As `call` of the whole, made piece by piece and joined."""
+    """Make `call` piece by piece, and join the results."""
     seq_idx = case.seq_idx
     bounds = [0, *case.splits, case.shape[1]]
     states: dict[str, torch.Tensor] = {n: leaves[n] for n in STATES if n in leaves}
@@ -165,8 +166,8 @@ def in_pieces(call, ops, case: Case, leaves: dict) -> list[torch.Tensor]:
         ids = None if seq_idx is None else seq_idx[:, start:end]
         given = {n: t[:, start:end] if n in PER_TOKEN else t for n, t in leaves.items()} | states
         if ids is not None and last_id is not None:
-            # A sequence that starts in this piece starts from zeros: the caller's part of the
-            # contract. A piece without a token hands the state on.
+            # It is the caller's part of the contract that a sequence starting in this piece starts
+            # from zeros. A piece without a token hands the state on.
             first = torch.stack([(r[r >= 0][:1] if (r >= 0).any() else r[:1] - 1)[0] for r in ids])
             keep = (first == last_id) | (first < 0) | (last_id < 0)
             for name, t in states.items():
@@ -183,9 +184,10 @@ def in_pieces(call, ops, case: Case, leaves: dict) -> list[torch.Tensor]:
 def results(
     call, ops, case: Case, leaves: dict | None = None, padding: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Output, final states, and the gradient of every input, by name.
+    """Return output, final states, and the gradient of every input, by name.
 
-    Output at padding counts, and gets a gradient, with `padding` only: else it is taken for zero.
+    Output at padding counts, and gets a gradient, with `padding` only; otherwise it is taken for
+    zero.
     """
     leaves = inputs(case) if leaves is None else leaves
     out, *final = in_pieces(call, ops, case, leaves)
@@ -198,7 +200,7 @@ def results(
         out = torch.where(is_token, out, torch.zeros_like(out))
     named = dict(zip(("out", "final_states", "final_conv_states"), [out, *final], strict=False))
     torch.manual_seed(case.seed + 1)
-    # float64 all through: what the loss does must not add an error.
+    # The loss is in float64 all through, so that it adds no error.
     loss = sum(
         (t.double() * torch.randn(t.shape, dtype=torch.float64)).sum() for t in named.values()
     )
@@ -210,7 +212,7 @@ def results(
 
 @functools.cache
 def ops(source: str):
-    """The Triton ops of the stock or the patched tree, with plain torch for the convolution."""
+    """Load the Triton ops of the stock or patched tree, with plain torch for the convolution."""
     if reason := interpreter.unavailable():
         pytest.skip(reason)
     tree = forks.sources("mamba-ssm", source)
@@ -235,7 +237,7 @@ def computed(source: str, case: Case) -> dict[str, torch.Tensor]:
 
 
 def check(source: str, case: Case) -> None:
-    """What the kernels of `source` give is the oracle's of the unsplit rows."""
+    """Compare the results of the kernels of `source` with the oracle's for the unsplit rows."""
     found = errors(computed(source, case), case)
     bound = KERNEL_SSD[case.dtype]
     wrong = {name: e for name, e in found.items() if not e <= bound}
@@ -285,7 +287,7 @@ def test_todays_calls_are_right(source, case):
 def test_the_patches_change_no_bit_of_todays_calls(case):
     before, after = dict(computed("stock", case)), computed("patched", case)
     if case.dtype == BF16:
-        # A patch that says so: the gradient of a float32 state is no longer rounded to bfloat16.
+        # A patch says so: the gradient of a float32 state is no longer rounded to bfloat16.
         state, wanted = before.pop("dinitial_states", None), expected(case).get("dinitial_states")
         assert state is None or error(after["dinitial_states"], wanted) <= error(state, wanted)
     differ = [name for name in before if not torch.equal(before[name], after[name])]
@@ -306,7 +308,7 @@ SPLITS = [(16,), (22, 23)]
 
 def mixed(fused: bool, **options) -> Case:
     if fused:
-        # One head: two are twice the time, and the scan has them.
+        # One head is used: two take twice the time, and the scan's cases have them.
         options = {"nheads": 1, "headdim": 8, "norm": "after", "conv_states": True} | options
         options["fused"] = True
     return Case(rows=MIXED, initial=True, **options)
@@ -318,7 +320,7 @@ def mixed(fused: bool, **options) -> Case:
 )
 @pytest.mark.parametrize("fused", [False, True], ids=["scan", "fused"])
 def test_chunking_is_invisible(fused, dtype, splits):
-    """In pieces it is right, and no worse than in one; so are all gradients through the states."""
+    """Expect pieces to be right, and no worse than one; so too the gradients through the states."""
     case = mixed(fused, dtype=dtype)
     check("patched", case)
     pieces = replace(case, splits=splits)
@@ -330,8 +332,10 @@ def test_chunking_is_invisible(fused, dtype, splits):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["scan", "fused"])
 def test_padding_is_invisible(fused):
-    """What stands at padding changes no bit of outputs, states and gradients; nor does a gradient
-    that comes in there, as the output is zero."""
+    """Expect padding to change no bit of outputs, states and gradients.
+
+    A gradient that comes in there changes none either, as the output is zero.
+    """
     case = mixed(fused)
     leaves = inputs(case)
     with torch.no_grad():
@@ -349,7 +353,7 @@ def test_padding_is_invisible(fused):
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True], ids=["scan", "fused"])
 def test_packing_and_batching_are_invisible(fused):
-    """A sequence in a packed, padded batch gives what the kernels give for it alone."""
+    """Compare a sequence in a packed, padded batch with what the kernels give for it alone."""
     case = mixed(fused)
     leaves = inputs(case)
     out, *final = in_pieces(call_kernels, ops("patched"), case, leaves)
@@ -381,7 +385,7 @@ def test_packing_and_batching_are_invisible(fused):
 
 @st.composite
 def cases(draw, fused: bool) -> Case:
-    """Any call that the contract allows, small."""
+    """Draw any small call that the contract allows."""
     seqlen = draw(st.integers(1, 40))
 
     def row():
@@ -429,7 +433,7 @@ def cases(draw, fused: bool) -> Case:
 
 
 def any_case(fused: bool):
-    """Some seconds an example: fewer than elsewhere, and no search for a smaller one."""
+    """Draw fewer cases than elsewhere, without shrinking, as an example takes some seconds."""
 
     def decorate(test):
         test = settings(
@@ -463,7 +467,7 @@ def test_the_oracle_goes_on_from_its_states(case):
 
 @pytest.mark.slow
 def test_laws_with_the_convolution_emulated(emulated_conv):
-    """The fused op with causal-conv1d's own kernels, patched, in place of plain torch."""
+    """Run the fused op with causal-conv1d's own kernels, patched, in place of plain torch."""
     conv = emulated_conv("patched")
     both = interpreter.mamba_ssm(ops("patched").tree, conv=conv)
     case = mixed(True)
@@ -471,7 +475,7 @@ def test_laws_with_the_convolution_emulated(emulated_conv):
     assert max(found.values()) <= KERNEL_SSD[case.dtype], found
 
 
-# What the tests stand on.
+# The foundations of the tests.
 
 
 def test_two_trees_in_one_process_and_neither_in_sys_modules():

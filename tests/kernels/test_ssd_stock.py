@@ -1,4 +1,4 @@
-"""What mamba-ssm's SSD kernels get wrong in the pinned release, and the patched ones get right.
+"""Defects of mamba-ssm's SSD kernels in the pinned release, which the patches mend.
 
 Each is a strict expected failure on the stock sources, with the reason. Calls that are right on
 both are in `test_ssd_laws.py`.
@@ -44,7 +44,7 @@ WRONG_VALUE = AssertionError
 RAISES = {
     NO_CONV_STATE: TypeError,
     MLP: (UnboundLocalError, RuntimeError),
-    REF_MLP: RuntimeError,  # from the convolution, whose weight does not fit
+    REF_MLP: RuntimeError,  # The convolution raises it, as its weight does not fit.
     REF_STATES: TypeError,
 }
 
@@ -99,7 +99,7 @@ FAST = {"one sequence, id 5", "left padding", "right padding", "fused, conv stat
 
 
 def stock_and_patched(wrong: dict):
-    """Parameters (source, ...): a strict expected failure on stock, a plain test on patched."""
+    """Return parameters (source, ...): a strict expected failure on stock, plain on patched."""
     params = []
     for name, (reason, *values) in wrong.items():
         slow = [] if name in FAST else [pytest.mark.slow]
@@ -119,7 +119,7 @@ def test_wrong_on_stock(source, case):
 
 
 def varlen_errors(source: str, cu_seqlens: list[int], initial: bool) -> list[float]:
-    """Of each sequence's state from `return_varlen_states`, against the sequence alone."""
+    """Return the error of each sequence's `return_varlen_states`, against the sequence alone."""
     bounds = list(itertools.pairwise(cu_seqlens))
     rows = (tuple((i, end - start) for i, (start, end) in enumerate(bounds)),)
     case = Case(rows=rows, initial=initial)
@@ -144,8 +144,11 @@ def varlen_errors(source: str, cu_seqlens: list[int], initial: bool) -> list[flo
 @pytest.mark.parametrize("source", ["stock", "patched"])
 @pytest.mark.parametrize("initial", [False, True])
 def test_varlen_states_decay_from_their_own_start(source, initial):
-    """Sequences that begin and end anywhere in an inner chunk: the decay of a state counts from its
-    sequence's first token, and is read where that is, not from the inner chunk's beginning."""
+    """Begin and end sequences anywhere in an inner chunk.
+
+    The decay of a state counts from its sequence's first token, and is read there, not at the inner
+    chunk's beginning.
+    """
     found = varlen_errors(source, [0, 20, 21, 32, 40, 55], initial)
     assert max(found) <= KERNEL_SSD[torch.float32]
 
@@ -160,7 +163,10 @@ def test_varlen_state_of_a_short_first_sequence(source, cu_seqlens):
 
 @functools.cache
 def with_references(source: str):
-    """A tree with its reference functions. They call Mamba-1's CUDA kernel; here, its reference."""
+    """Load a tree with its reference functions.
+
+    They call Mamba-1's CUDA kernel; here they call its reference.
+    """
     loaded = interpreter.mamba_ssm(ops(source).tree, modules=("ops.selective_scan_interface",))
     mamba1 = loaded.selective_scan_interface
     mamba1.selective_scan_fn = mamba1.selective_scan_ref
@@ -168,7 +174,7 @@ def with_references(source: str):
 
 
 def call_reference(loaded, case: Case, given: dict, seq_idx) -> list[torch.Tensor]:
-    """Output and, where the case has them, final SSM and conv states."""
+    """Return output and, where the case has them, final SSM and conv states."""
     kwargs = {"chunk_size": case.chunk_size, "dt_limit": case.dt_limit}
     kwargs |= given | fused_options(case)
     if case.conv_states:

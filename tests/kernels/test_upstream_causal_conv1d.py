@@ -1,6 +1,6 @@
 """Upstream's own tests of causal-conv1d, on its emulated kernels, stock and patched.
 
-Their file is read from the release or the patched tree, and run as it is but for the device and
+Their file is read from the release or the patched tree, and run as it is except for the device and
 for smaller sizes, which still cover whole blocks of channels and parts of one.
 """
 
@@ -12,7 +12,8 @@ import torch
 
 from ci import forks
 
-# (what upstream has, what runs here); each must be found, or the file is not what is expected.
+# Pairs of upstream's text and its replacement. Each must be found, or the file is not what is
+# expected.
 CHANGES = [
     (r'device = "cuda"', 'device = "cpu"'),
     (r"not torch\.cuda\.is_available\(\)", "False"),
@@ -41,7 +42,7 @@ QUICK = re.compile(
 
 
 def _module(source):
-    """Upstream's test module, in which the package is what `_package` sets later."""
+    """Return upstream's test module, in which the package is what `_package` sets later."""
     tree = forks.sources("causal-conv1d", source)
     path = tree / "tests" / "test_causal_conv1d.py"
     text = path.read_text()

@@ -1,6 +1,6 @@
 """The patches' own tests of the selective scan and of Mamba, on emulated kernels.
 
-The files are read from the patched tree, and run as they are but for the device.
+The files are read from the patched tree, and run as they are except for the device.
 """
 
 import re
@@ -15,7 +15,7 @@ FILES = ("ops/test_selective_scan_states.py", "modules/test_mamba_simple.py")
 
 
 def _later(name):
-    """What the patched tree has by this name, looked up when it is called: kernels take a while."""
+    """Look up the patched tree's function when it is called, as kernels take a while to build."""
 
     def call(*args, **kwargs):
         module = full("patched")

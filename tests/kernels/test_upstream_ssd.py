@@ -1,9 +1,9 @@
-"""Upstream's and the patches' own tests of Mamba-2: mamba-ssm's kernels in Triton's interpreter,
-causal-conv1d's on the emulation, both stock or both patched.
+"""Upstream's and the patches' own tests of Mamba-2, on stock and on patched kernels.
 
-The files are read from the patched tree, and run as they are but for the device and for smaller
-sizes, as a block of a kernel takes milliseconds here. On stock, tests of defects that the patches
-mend are strict expected failures, and those of what they add are left out.
+mamba-ssm's kernels run in Triton's interpreter, causal-conv1d's on the emulation. The files are
+read from the patched tree, and run as they are except for the device and for smaller sizes, as a
+block of a kernel takes milliseconds here. On stock, tests of defects that the patches mend are
+strict expected failures, and those of their additions are left out.
 """
 
 import functools
@@ -23,7 +23,8 @@ if reason := interpreter.unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 DEVICE = (r'"cuda"', '"cpu"')
-# File: (what it has, what runs here); each must be found, or the file is not what is expected.
+# By file, pairs of its text and the replacement. Each must be found, or the file is not what is
+# expected.
 CHANGES = {
     "ops/triton/test_ssd_states.py": [
         DEVICE,
@@ -50,13 +51,14 @@ CHANGES = {
         (r"chunk_size=64", "chunk_size=32"),
         (r"_HEADDIMS = \[64, 128\]", "_HEADDIMS = [16]"),
         (r"_DSTATES = \[64\]", "_DSTATES = [16]"),
-        # Blocks run one after the other: a second run shows as much as a fifth.
+        # Blocks run one after the other, so a second run shows as much as a fifth.
         (r"runs = (5|20)", "runs = 2"),
         (r"range\(3\)", "range(1)"),
     ],
 }
 ID_0 = "the initial state is taken to belong to sequence id 0"
-# Tests of defects that patches mend: which parameters fail on stock (a pattern), how, and why.
+# Tests of defects that patches mend: a pattern of the parameters that fail on stock, the error, and
+# the reason.
 DEFECTS = {
     "test_initial_states_seq_idx": (r"rows[123]", AssertionError, ID_0),
     "test_chunked_forward_seq_idx": ("", AssertionError, ID_0),
@@ -81,12 +83,12 @@ DEFECTS = {
         "the gradient of float32 states is rounded to 16 bits",
     ),
 }
-# It looks for what differs from run to run, which is nothing where blocks run in order.
+# It looks for differences from run to run, and there are none where blocks run in order.
 LEFT_OUT = "test_default_mode_is_not_reproducible"
 
 
 def _module(source, file):
-    """A test module, in which what is imported from mamba_ssm is what `_package` sets later."""
+    """Return a test module, in which imports from mamba_ssm are what `_package` sets later."""
     path = forks.patched("mamba-ssm") / "tests" / file
     text = path.read_text()
     for pattern, replacement in CHANGES[file]:
@@ -102,7 +104,7 @@ def _module(source, file):
 
 @pytest.fixture(scope="module")
 def loaded(emulated_conv):
-    """Maps "stock" or "patched" to the ops of mamba-ssm, with the convolution emulated."""
+    """Map "stock" or "patched" to the ops of mamba-ssm, with the convolution emulated."""
 
     @functools.cache
     def load(source):
@@ -124,7 +126,7 @@ def _package(request, loaded):
         request.applymarker(pytest.mark.xfail(strict=True, raises=raises, reason=reason))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    # Some import from mamba_ssm when they are called, some change the environment.
+    # Some tests import from mamba_ssm when they are called, some change the environment.
     with ops.importing(), mock.patch.dict(os.environ):
         yield
     torch.use_deterministic_algorithms(False)

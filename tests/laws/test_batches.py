@@ -1,4 +1,4 @@
-"""Which rows are run together: no token is lost, and no other choice would be cheaper."""
+"""The choice of rows that are run together: no token is lost, and no other choice is cheaper."""
 
 import torch
 from hypothesis import given
@@ -12,7 +12,7 @@ from compat.stream.rows import RUN, batches, windows
 
 
 def cost(lengths, batch, parts):
-    """Tokens that are run for a batch, padding included, and what its runs cost beside them."""
+    """Return the tokens that are run for a batch, with padding, plus the cost of its runs."""
     longest = max(lengths[row] for row in batch)
     ends = [next(end for _, end in parts if end >= lengths[row]) for row in batch]
     runs = sum(start < longest for start, _ in parts)
@@ -20,7 +20,7 @@ def cost(lengths, batch, parts):
 
 
 def partitions(items):
-    """Every way to put items into batches."""
+    """Yield every way to put items into batches."""
     if not items:
         yield []
         return
@@ -43,7 +43,7 @@ def test_no_other_choice_is_cheaper(lengths, size):
 
 
 def test_a_row_is_run_to_its_end_and_not_to_the_end_of_the_chunk():
-    """Of rows of very different lengths, hardly more tokens are run than they have."""
+    """Expect hardly more tokens to be run than rows of very different lengths have."""
     model = tiny_model("mamba2")
     lengths = torch.tensor([300, 513, 1100])
     mask = torch.arange(1100) < lengths[:, None]
@@ -56,7 +56,7 @@ def test_a_row_is_run_to_its_end_and_not_to_the_end_of_the_chunk():
         return original(**kwargs)
 
     model.forward = spy
-    backbone_of(model)  # A model with a forward of its own is asked once whether it is exact.
+    backbone_of(model)  # A model with a forward of its own is compared once, before this.
     run.clear()
     found = compat.last_hidden_state(
         model, input_ids=ids, attention_mask=mask, vertical_chunk_size=512

@@ -23,7 +23,7 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A saved tiny model with its tokenizer, made once for each set of arguments."""
+    """Save a tiny model with its tokenizer, once for each set of arguments."""
 
     @functools.cache
     def make(*args, **kwargs):
@@ -43,7 +43,7 @@ def texts_of(lengths):
 
 
 def one_by_one(model, texts, **kwargs):
-    """What the released library gives each text alone: no padding, no batch, no chunk."""
+    """Embed each text alone with the released library: no padding, no batch, no chunk."""
     with_hooks_off = [model.encode([t], convert_to_tensor=True, **kwargs)[0] for t in texts]
     return torch.stack(with_hooks_off)
 
@@ -95,7 +95,7 @@ def test_bfloat16(checkpoint, lengths, size, mode):
 
 
 def pipelines():
-    """Modules around the pooling, by name."""
+    """Return the modules around the pooling, by name."""
     token_wise = {"module_input_name": "token_embeddings"}
     return {
         "normalize": lambda: [Pooling(32, "mean"), Normalize()],
@@ -185,7 +185,7 @@ def test_options_of_encode(checkpoint, options):
 
 @pytest.mark.parametrize("precision", ["binary", "ubinary"])
 def test_quantised_output(checkpoint, precision):
-    """Bits flip where a value is zero to rounding; these values are far from it."""
+    """Use values that are far from zero, as bits flip where a value is zero to rounding."""
     model, texts = embedder(checkpoint("mamba2"), pooling="lasttoken"), texts_of([60, 3, 31])
     assert np.abs(model.encode(texts)).min() > 1e-4
     released = model.encode(texts, precision=precision)

@@ -18,7 +18,7 @@ from compat.stream.loop import stream, warn_that_it_grows
 from compat.stream.rows import windows
 
 DTYPES = [torch.float32, torch.bfloat16]
-# Examples for a test that is run for every family or every setting.
+# The number of examples for a test that is run for every family or every setting.
 FEW = settings().max_examples // 3
 
 
@@ -32,7 +32,7 @@ def tokens(length, seed=0):
 
 @st.composite
 def batches(draw, max_rows=3, max_length=30):
-    """Rows of tokens with padding on either side: (input_ids, attention_mask)."""
+    """Draw rows of tokens with padding on either side: (input_ids, attention_mask)."""
     lengths = draw(st.lists(st.integers(1, max_length), min_size=1, max_size=max_rows))
     left = [draw(st.integers(0, 20)) for _ in lengths]
     right = draw(st.integers(0, 20))
@@ -45,7 +45,7 @@ def batches(draw, max_rows=3, max_length=30):
 
 
 def in_chunks(model, input_ids, mask, size):
-    """All hidden states, and a check that the chunks are consecutive."""
+    """Return all hidden states, after checking that the chunks are consecutive."""
     pieces, column = [], 0
     for start, hidden in compat.iter_chunks(
         model, input_ids=input_ids, attention_mask=mask, vertical_chunk_size=size
@@ -59,7 +59,7 @@ def in_chunks(model, input_ids, mask, size):
 
 @torch.no_grad()
 def alone(model, input_ids, mask):
-    """Each row by itself, without its padding, in one pass; zeros at padding."""
+    """Run each row by itself, without its padding, in one pass; zeros at padding."""
     rows = []
     for ids, real in zip(input_ids, mask.bool(), strict=True):
         hidden = model(ids[real][None]).last_hidden_state[0]
@@ -132,7 +132,7 @@ def test_last_hidden_state_is_that_of_the_last_token(model_type, batch, size):
 @settings(max_examples=FEW)
 @given(batch=batches(max_rows=2), size=st.integers(1, 35))
 def test_mamba2_in_chunks_is_the_float64_recurrence(dtype, limit, bias, batch, size):
-    """Also where released models differ: a clamped time step, a bias before the convolution."""
+    """Include cases where released models differ: a clamped step, a bias before the convolution."""
     model = cached_model("mamba2", dtype=dtype, time_step_limit=limit, use_bias=bias)
     input_ids, mask = batch
     exact = torch.stack([_exact_row(model, *row) for row in zip(input_ids, mask, strict=True)])
@@ -152,7 +152,7 @@ def _exact_row(model, ids, mask):
 
 @given(length=st.integers(2, 40), data=st.data(), lengths=st.lists(st.integers(1, 40), max_size=2))
 def test_any_split_hands_on_the_exact_state(length, data, lengths):
-    """Unequal parts, also of one token; the longest row's final state is the recurrence's."""
+    """Use unequal parts, also of one token; the longest row's final state is the recurrence's."""
     cuts = data.draw(st.sets(st.integers(1, length - 1)), label="cuts")
     ends = [*sorted(cuts), length]
     parts = list(zip([0, *ends[:-1]], ends, strict=True))

@@ -14,7 +14,7 @@ from compat.stream.pooling import POOLING_MODES, StreamingPooling
 
 
 def stream_of(hidden, lengths, cuts):
-    """Cut (batch, seqlen, hidden_size) into chunks; what stands at padding must not matter."""
+    """Cut (batch, seqlen, hidden_size) into chunks, with NaN at padding, which must not matter."""
     ends = [*sorted(cuts), hidden.shape[1]]
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
         rows = (lengths > start).nonzero()[:, 0]
@@ -45,7 +45,7 @@ def test_it_is_the_released_pooling(dtype, lengths, cuts, prompt_length, modes):
     features = {"token_embeddings": hidden, "attention_mask": mask, "prompt_length": prompt_length}
     released = Pooling(5, tuple(modes), include_prompt=False)(features)["sentence_embedding"]
     assert found.dtype == released.dtype
-    torch.testing.assert_close(found, released)  # torch's own tolerance of each dtype
+    torch.testing.assert_close(found, released)  # torch's own tolerance of each dtype is used.
 
 
 def test_modes_are_those_of_the_library():
@@ -65,7 +65,7 @@ def test_without_a_chunk_there_is_no_embedding():
 @pytest.mark.parametrize("mode", ["mean", "mean_sqrt_len_tokens", "weightedmean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sums_beyond_the_integers_of_float32_are_exact(dtype, mode):
-    """Two chunks of four tokens, and zeros between them that are not run: 2^25 tokens."""
+    """Pool two chunks of four tokens, and zeros between them that are not run: 2^25 tokens."""
     length = 2**25 + 3
     value = torch.rand(1, 4, 2, dtype=torch.float64).to(dtype)
     pooling = StreamingPooling((mode,), 1)
@@ -84,13 +84,14 @@ def test_sums_beyond_the_integers_of_float32_are_exact(dtype, mode):
     wanted = torch.tensor([[float(total / divisor) for total in sums]], dtype=torch.float64)
     found = pooling.finalize()
     assert found.dtype == dtype
-    # A few units in the last place of the chunk's own dtype: its four values are added in it.
+    # It is a few units in the last place of the chunk's own dtype, as its four values are added in
+    # it.
     assert ((found.double() - wanted) / wanted).abs().max() <= 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("mode", ["mean", "weightedmean"])
 def test_sums_of_many_chunks_lose_nothing(mode):
-    """One bit in the last place of a float32 for each of the chunks, of which there are many."""
+    """Add one bit in the last place of a float32 for each of very many chunks."""
     count, value = 20_000, 1 + 2**-23
     pooling = StreamingPooling((mode,), 1)
     for start in range(count):

@@ -1,9 +1,9 @@
-"""The laws on transformers without compat: what is right, and what is wrong and why.
+"""The laws on transformers without compat: right cases, and wrong ones with the reason.
 
-Texts go through the models' own caches in chunks, as a careful user would do it: positions of the
-tokens, the mask in the form that the family takes. Every wrong case is a strict expected failure,
-so that the suite notices when a release of transformers mends one; it then leaves `WRONG`. The
-fork of transformers mends all but one family.
+Texts go through the models' own caches in chunks, as a careful user would do it: with positions of
+the tokens, and the mask in the form that the family takes. Every wrong case is a strict expected
+failure, so that the suite notices when a release of transformers mends one; it then leaves `WRONG`.
+The fork of transformers mends all but one family.
 """
 
 import functools
@@ -18,11 +18,11 @@ from compat.installed.recurrent_cache import parameters, state_argument
 
 cached_model = functools.cache(tiny_model)
 
-# What a chunk of these models takes is its own part of the mask; of all others, the mask from the
-# text's beginning to the chunk's end.
+# These models take, for a chunk, its own part of the mask; all others take the mask from the text's
+# beginning to the chunk's end.
 MASK_OF_CHUNK = {"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"}
-# These clamp the time step to a limit that their config has; zamba2 and nemotron_h to one that is
-# always set.
+# These clamp the time step to a limit in their config; zamba2 and nemotron_h to one that is always
+# set.
 LIMITED = ["bamba", "falcon_h1", "granitemoehybrid", "mamba2"]
 # The config's name for a bias on what the mask is applied before.
 BIAS = {
@@ -45,7 +45,7 @@ SEVERAL, SINGLE, DROP = "chunks of several tokens", "chunks of one token", "a ro
 LIMIT, PADDED = "finite time_step_limit", "left padding"
 PADDED_SINGLE, PADDED_BIAS = "left padding, chunks of one token", "left padding, bias, one pass"
 THREE = {"sizes": [7, 9, 8]}
-LEFT = [0, 4, 8]  # The last covers a whole chunk.
+LEFT = [0, 4, 8]  # The last one covers a whole chunk.
 CASES = {
     SEVERAL: THREE,
     SINGLE: {"sizes": [1] * 12},
@@ -68,7 +68,7 @@ NO_MASK = "the attention mask is not used"
 SQUEEZED = "the token shift of one token broadcasts (batch, hidden) against (batch, 1, hidden)"
 NO_REORDER = "xLSTMCache has no way to select rows"
 
-# Family, case: why it is wrong in transformers 5.24.0.
+# By family and case, the reason why it is wrong in transformers 5.24.0.
 WRONG = (
     {(name, PADDED_SINGLE): FORGETS for name in FAMILIES if name not in MASK_OF_CHUNK}
     | {(name, PADDED_BIAS): BIASED for name in BIAS}
@@ -116,7 +116,7 @@ def known_to_fail(name, case):
 
 @torch.no_grad()
 def in_chunks(model, ids, sizes, left=None, keep=None):
-    """Last hidden states (batch, seqlen, hidden_size); only rows `keep` after the first chunk."""
+    """Return hidden states (batch, seqlen, hidden_size); only rows `keep` after the first chunk."""
     arguments, cache = parameters(model.forward), state_argument(model.forward)
     mask = torch.ones_like(ids)
     for row, columns in enumerate(left or ()):

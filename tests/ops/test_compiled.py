@@ -1,4 +1,4 @@
-"""How the native kernels are built, found again, and done without; and what they share."""
+"""The native kernels: building them, finding them again, doing without; and what they share."""
 
 import ctypes
 import errno
@@ -23,7 +23,7 @@ SOURCE = 'extern "C" void compat_set_team(void*) {}\n'
 
 @pytest.fixture
 def build(monkeypatch, tmp_path):
-    """Builds a small source in a cache of its own; gives the library, or None, and the reason."""
+    """Build a small source in a separate cache; return the library, or None, and the reason."""
     folder, cache = tmp_path / "native", tmp_path / "cache"
     folder.mkdir()
     (folder / "a.cpp").write_text(SOURCE)
@@ -35,7 +35,7 @@ def build(monkeypatch, tmp_path):
 
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
-    """Puts a script in the compiler's place, and counts its compilations."""
+    """Put a script in the compiler's place, and count its compilations."""
     found = next((c for c in ("c++", "g++", "clang++") if _has(c)), None)
 
     def install(body, version="script 1.0"):
@@ -59,7 +59,7 @@ def _has(command):
 
 
 def libraries(tmp_path):
-    """The libraries in the cache, where nothing is but them and their sums."""
+    """Return the libraries in the cache, in which only they and their sums may be."""
     found = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
     whole = [path for path in found if path.suffix == ".so"]
     assert found == sorted([*whole, *(path.with_suffix(".sum") for path in whole)])
@@ -98,7 +98,7 @@ def test_another_source_header_compiler_or_option_is_built_anew(
 
 
 def in_a_new_process(tmp_path, before=""):
-    """Builds that source in a process of its own, which loading a torn library would end."""
+    """Build that source in a new process, which loading a torn library would end."""
     code = before + (
         "from pathlib import Path; from compat.ops import compiled; "
         f"compiled._FOLDER = Path({str(tmp_path / 'native')!r}); "
@@ -179,7 +179,7 @@ def test_what_is_kept_is_on_the_disk_before_it_has_its_name(build, compiler, tmp
     assert steps == [".so", ".so named", ".sum", ".sum named"]
 
 
-# Where it cannot be kept, each process has its own.
+# Libraries that cannot be kept: each process has its own.
 
 
 def test_a_process_builds_for_itself_where_the_cache_cannot_be_written(
@@ -203,7 +203,7 @@ def test_a_process_builds_for_itself_where_the_cache_cannot_be_written(
 def test_a_full_disk_or_a_folder_that_is_read_only_leaves_nothing_torn(
     build, compiler, tmp_path, monkeypatch, step
 ):
-    """Each step that writes to the cache meets it in its turn; the compiler writes elsewhere."""
+    """Fail in each step that writes to the cache in turn; the compiler writes elsewhere."""
     compilations = compiler('exec {compiler} "$@"')
 
     def refuse(*args, **kwargs):
@@ -218,7 +218,7 @@ def test_a_full_disk_or_a_folder_that_is_read_only_leaves_nothing_torn(
     assert libraries(tmp_path) == []
     assert build()[1].endswith("on torch's threads")
     assert len(libraries(tmp_path)) == 1
-    with monkeypatch.context() as full:  # What is there needs no writing.
+    with monkeypatch.context() as full:  # An existing file needs no writing.
         full.setattr(*where[step], refuse)
         assert build()[1].endswith("on torch's threads")
     assert compilations() == 2
@@ -251,7 +251,7 @@ def test_no_home_is_no_cache(build, compiler, monkeypatch):
     )
 
 
-# Where it is not to be had.
+# No library at all.
 
 
 FAILS = {
@@ -306,7 +306,7 @@ def test_a_choice_holds_in_its_block_only():
     assert ops.backend() == before
 
 
-# What the kernels share.
+# Things that the kernels share.
 
 
 @pytest.fixture
@@ -337,7 +337,7 @@ def test_exp_at_its_ends(library):
 
 
 def test_the_threads_are_those_that_torch_has(library):
-    """No second pool: the process has as many threads after a call as before."""
+    """Expect no second pool: a call leaves the number of the process's threads as before."""
     code = """if True:
         import os, torch
         from compat.ops import mamba2, using

@@ -27,7 +27,7 @@ def inputs(
     dtype=torch.float32,
     less=(),
 ):
-    """Arguments of the scan; groups are those of B and C: None for no such axis, 0 for constant."""
+    """Make arguments of the scan; groups of B and C: None for no such axis, 0 for constant."""
     random = torch.Generator().manual_seed(seed)
 
     def randn(*shape, dtype=torch.float32):
@@ -69,7 +69,7 @@ def scan(arguments):
 
 
 def share(found, wanted):
-    """The largest error as a share of the largest value."""
+    """Return the largest error as a share of the largest value."""
     return error(found, wanted) / wanted.abs().max().item()
 
 
@@ -171,7 +171,7 @@ def test_views_are_read_as_they_lie(view, dtype):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("step", [0.0, 1e-6, 50.0, 1e4])
 def test_steps_of_any_length(step):
-    """Decays of 1, and decays that underflow, within a block and from one to the next."""
+    """Use decays of 1, and decays that underflow, within a block and from one to the next."""
     arguments = inputs(2, 9, 200, 16, less={"delta_bias"}) | {"delta_softplus": False}
     arguments["delta"] = arguments["delta"].abs() * step
     arguments["delta"][..., 77] = 0.5
@@ -182,11 +182,11 @@ def test_steps_of_any_length(step):
 def test_softplus_of_any_argument():
     arguments = inputs(1, 8, 60, 4)
     arguments["delta"] = torch.linspace(-110, 110, 480).view(1, 8, 60)
-    arguments["A"] = -torch.rand(8, 4) * 1e-3  # Otherwise long steps are all that is seen.
+    arguments["A"] = -torch.rand(8, 4) * 1e-3  # Otherwise only long steps are seen.
     arguments["delta_bias"] = torch.zeros(8)
     out, last = scan(arguments)
     wanted, wanted_last = exact(arguments)
-    # By channel, as the steps of one are 1e-40 and those of another 100.
+    # Channels are compared one by one, as the steps of one are 1e-40 and those of another 100.
     for channel in range(8):
         assert share(out[:, channel], wanted[:, channel]) <= KERNEL_SELECTIVE_SCAN[torch.float32]
     assert share(last, wanted_last) <= KERNEL_SELECTIVE_SCAN[torch.float32]
@@ -238,7 +238,7 @@ def test_where_a_gradient_is_wanted_there_is_one():
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that torch makes."""
+    """A mode that finds the largest tensor that torch makes."""
 
     numel = 0
 
@@ -252,7 +252,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_states_of_a_long_text_never_exist_at_one_time(monkeypatch, grad):
-    """Counted without the native kernel, which keeps none."""
+    """Count without the native kernel, which keeps none."""
     arguments = inputs(1, 8, 500, 32)
     monkeypatch.setattr(mamba1, "_PIECE", 8 * 32 * 10)
     arguments["u"].requires_grad_(grad)
@@ -266,7 +266,7 @@ def test_the_states_of_a_long_text_never_exist_at_one_time(monkeypatch, grad):
 
 
 def test_native_is_not_given_what_it_cannot_read(backend):
-    """Other dtypes, and tensors without data; the result is that of torch."""
+    """Give other dtypes, and tensors without data; the result is that of torch."""
     arguments = to(torch.float64, inputs())
     out, last = scan(arguments)
     wanted, wanted_last = exact(arguments)

@@ -1,6 +1,7 @@
 """Mamba-2's fused op on a CPU, in plain torch and native: the four laws, and gradients.
 
-Held to the float64 recurrence of tests/support/ssd_oracle.py, with the calls of test_ssd_laws.py.
+It is compared with the float64 recurrence of tests/support/ssd_oracle.py, with the calls of
+test_ssd_laws.py.
 """
 
 import importlib.util
@@ -30,7 +31,7 @@ backends = pytest.mark.parametrize("backend", ["torch", "native"])
 
 @contextmanager
 def on(backend):
-    """Without gradients on a backend; gives the list of what the native kernels gave."""
+    """Run without gradients on a backend; yield the list of the native kernels' results."""
     if backend == "native" and compiled.library() is None:
         pytest.skip(compiled.reason())
     served = []
@@ -51,7 +52,7 @@ def computed(backend, case, leaves=None):
     with on(backend) as served:
         leaves = laws.inputs(case) if leaves is None else leaves
         found = laws.in_pieces(laws.call_kernels, OPS, case, leaves)
-    # What the native kernels leave to plain torch.
+    # The rest the native kernels leave to plain torch.
     if backend == "native" and case.skip == "head" and case.activation:
         assert len(served) == len(case.splits) + 1
     return dict(zip(NAMES, found, strict=True))
@@ -88,7 +89,7 @@ MIXED = laws.mixed(True)
     norm=st.sampled_from(["before", "after", None]),
 )
 def test_laws_for_any_call(backend, case, headdim, dstate, norm):
-    """Of sizes that fit no vector, too."""
+    """Include sizes that fit no vector."""
     check(backend, replace(case, headdim=headdim, dstate=dstate, norm=norm))
 
 
@@ -106,7 +107,7 @@ def test_chunking_is_invisible(backend, dtype, splits):
 @backends
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 def test_padding_is_invisible(backend, poison):
-    """No bit of outputs and states depends on it, and the outputs there are zero."""
+    """Expect no bit of outputs and states to depend on it, and outputs of zero there."""
     leaves = laws.inputs(MIXED)
     own = computed(backend, MIXED, leaves)
     padding = MIXED.seq_idx < 0
@@ -220,7 +221,7 @@ def test_time_steps_are_clamped(backend, limit):
 
 @backends
 def test_large_inputs(backend):
-    """Where exp over- or underflows in SiLU, and softplus is its argument."""
+    """Use inputs for which exp over- or underflows in SiLU, and softplus is its argument."""
     given = random_call(1, 40, 2, 8, 8, 1, 4)
     given["zxbcdt"] *= torch.tensor([1.0, 100.0]).repeat(20)[:, None]
     assert_right(backend, given | {"A": torch.tensor([-1e-3, -1e-4])})

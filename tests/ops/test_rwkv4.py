@@ -12,7 +12,7 @@ FEW = settings().max_examples // 2
 
 
 def recurrence(time_decay, time_first, key, value, state):
-    """Token by token, in float64; the state's three parts, and so its scale, are the op's."""
+    """Compute token by token, in float64; the state has the op's three parts, and so its scale."""
     decay, first, key, value = (x.double() for x in (-time_decay.exp(), time_first, key, value))
     above, below, top = (part.double() for part in state)
     outputs = []
@@ -119,7 +119,7 @@ def test_the_first_token_of_a_text_counts_alone():
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("size", [100, 10_000, 10**7])
 def test_keys_of_any_size(size):
-    """Their exponentials are beyond float64; whole numbers, so that sums are exact."""
+    """Use keys with exponentials beyond float64; whole numbers, so that sums are exact."""
     _, _, key, value, state = inputs(2, 120, 9, begun=False)
     key = (key * size).round()
     decay, first = torch.zeros(9), torch.arange(-4.0, 5.0)
@@ -131,7 +131,7 @@ def test_keys_of_any_size(size):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("time_decay", [-20.0, 3.0, 8.0])
 def test_decays_of_any_strength(time_decay):
-    """From a mean of all values to one that forgets at once."""
+    """Go from a mean of all values to one that forgets at once."""
     _, first, key, value, state = inputs(2, 300, 9)
     arguments = torch.full((9,), time_decay), first, key, value, state
     check(wkv(*arguments), recurrence(*arguments))

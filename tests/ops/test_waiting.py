@@ -1,7 +1,7 @@
-"""How torch's threads wait, and how many there are: no more than were asked for, and not spinning.
+"""torch's threads wait without spinning, and there are no more of them than were asked for.
 
-No time is measured but that of the CPU, which other processes do not change: what a process takes
-while it has nothing to do.
+No time is measured but that of the CPU, which other processes do not change: the time that a
+process takes while it has nothing to do.
 """
 
 import os
@@ -51,7 +51,7 @@ BEGIN = """if True:
 
 
 def run(code, cpus=2, **environment):
-    """What that code prints in a process of its own, on so many CPUs."""
+    """Run code in a process of its own, on so many CPUs, and return what it prints."""
     if not Path("/proc/self/task").exists():
         pytest.skip("this system does not list a process's threads")
     if len(os.sched_getaffinity(0)) < cpus:
@@ -122,10 +122,10 @@ def test_one_thread_waits_for_nobody():
         (2, 2, 0, 1),
         (2, 2, 1, 0),
         (64, 64, 0, 1),
-        (32, 64, 0, 33),  # One thread a core, of two that the hardware has.
+        (32, 64, 0, 33),  # There is one thread a core, of two that the hardware has.
         (32, 64, 1, 32),  # They were 64 before.
         (64, 64, 33, 0),
-        (8, 64, 0, 0),  # Too many.
+        (8, 64, 0, 0),  # It would take too many.
         (8, 2, 0, 1),  # The process has lost CPUs since libgomp counted them.
     ],
 )
@@ -144,7 +144,7 @@ def test_where_no_thread_can_be_started_they_wait_as_they_did(libgomp, monkeypat
     assert waiting._asleep == 0
 
 
-# The native kernels: as many threads as torch has, when they are called.
+# The native kernels: as many threads as torch has when they are called.
 
 
 KERNELS = """
@@ -178,7 +178,7 @@ def test_the_kernels_have_the_threads_that_torch_has_at_each_call(library):
             time.sleep(0.05)
         print(len(threads()) - before)
     """
-    # From 2 to 3, and to 5; on one thread the others sleep; from 5 to 2.
+    # Threads go from 2 to 3, and to 5; on one thread the others sleep; then from 5 to 2.
     assert run(KERNELS + code) == ["1", "2", "0", "-3"]
 
 
@@ -192,7 +192,7 @@ def test_the_kernels_have_one_thread_where_one_is_granted(library, cpus, environ
 
 
 def test_a_loop_that_is_shorter_than_the_threads_are_many_ends_none_of_them(library):
-    """Else torch's next loop would have to start them again, as libgomp keeps one team."""
+    """Otherwise torch's next loop would have to start them again, as libgomp keeps one team."""
     code = """
     torch.set_num_threads(6)
     x @ x

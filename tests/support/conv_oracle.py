@@ -1,8 +1,8 @@
 """The causal convolution of a row that holds one or more sequences, in float64, token by token.
 
-Written from the state contract alone, without a look at causal-conv1d: one loop over the tokens of
-each row, which carries the last width-1 inputs of the current sequence. Plain differentiable
-torch, so that autograd gives every gradient.
+It is written from the state contract alone, without a look at causal-conv1d: one loop over the
+tokens of each row carries the last width-1 inputs of the current sequence. It is plain
+differentiable torch, so that autograd gives every gradient.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch
 
 # What a kernel may differ from the float64 oracle, as (rtol, atol), by the dtype of its input.
 def causal_conv1d(x, weight, bias=None, *, seq_idx=None, initial_states=None, silu=False):
-    """Outputs and final states of rows of packed sequences.
+    """Return outputs and final states of rows of packed sequences.
 
     Args:
         x: (batch, dim, seqlen).
@@ -33,7 +33,7 @@ def causal_conv1d(x, weight, bias=None, *, seq_idx=None, initial_states=None, si
     for row in range(batch):
         ids = [0] * seqlen if seq_idx is None else seq_idx[row].tolist()
         state = zeros if initial_states is None else initial_states[row].double()
-        current = None  # the sequence that the state belongs to: at first, that of the first token
+        current = None  # The sequence that the state belongs to; at first, that of the first token.
         columns = []
         for token in range(seqlen):
             if ids[token] < 0:

@@ -14,7 +14,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,:"
 
 
 def character_tokenizer(padding_side="right", end_of_text=False):
-    """One token a character (64 ids at most); `end_of_text` adds a last token to every text."""
+    """Make a token of each character (64 ids); `end_of_text` adds a last token to every text."""
     names = ["<pad>", "<end>", "<unk>", *ALPHABET]
     backend = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -42,7 +42,7 @@ def save_checkpoint(
 
 
 def embedder(checkpoint, *modules, pooling="mean", include_prompt=True) -> SentenceTransformer:
-    """Transformer, then `modules`, or a Pooling where there are none."""
+    """Make a model of a Transformer and `modules`, or a Pooling where there are none."""
     transformer = Transformer(checkpoint)
     if not modules:
         width = transformer.get_embedding_dimension()
@@ -51,14 +51,14 @@ def embedder(checkpoint, *modules, pooling="mean", include_prompt=True) -> Sente
 
 
 def text(length: int, seed: int = 0) -> str:
-    """Random characters; the first and last are letters."""
+    """Return random characters; the first and last are letters."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + length)
     picks = torch.randint(26, (length,), generator=generator).tolist()
     return "".join(ALPHABET[i] for i in picks)
 
 
 def record_widths(model):
-    """A list that grows by the width of every batch of tokens that the model reads."""
+    """Return a list that grows by the width of every batch of tokens that the model reads."""
     widths = []
     embeddings = model.transformers_model.get_input_embeddings()
     embeddings.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))

@@ -1,4 +1,4 @@
-"""The tiny models with which compat asks a family, in any dtype and with other options."""
+"""The tiny models with which compat checks a family, in any dtype and with other options."""
 
 import re
 from typing import Any
@@ -13,7 +13,7 @@ FAMILIES = [name for name in sorted(tiny_models.CONFIGS) if name in CONFIG_MAPPI
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids, (rows, length), none of them special."""
+    """Return random token ids, (rows, length), none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 64, (rows, length), generator=generator)
 

@@ -1,4 +1,4 @@
-"""Packages in the place of the installed ones, for tests of compat's fused path."""
+"""Packages in place of the installed ones, for tests of compat's fused path."""
 
 import sys
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ TRITON = "mamba_ssm.ops.triton"
 
 
 def kernels(conv, ops):
-    """The modules of an emulated causal-conv1d and an interpreted mamba-ssm."""
+    """Return the modules of an emulated causal-conv1d and an interpreted mamba-ssm."""
     package = ModuleType("causal_conv1d")
     vars(package).update(vars(conv))
     mamba_ssm = ModuleType("mamba_ssm")
@@ -31,12 +31,12 @@ def kernels(conv, ops):
 
 @contextmanager
 def in_place(modules, on_gpu=True):
-    """The calls of the fused path, with these modules (None: not there) in place of installed ones.
+    """Put modules (None: absent) in place of installed ones; yield the calls of the fused path.
 
-    With `on_gpu`, tensors on the CPU count as such on a GPU.
+    With `on_gpu`, tensors on the CPU count as tensors on a GPU.
     """
     calls = []
-    for model_type in mamba2.MIXERS:  # Each is asked once whether it is exact, by runs of its own.
+    for model_type in mamba2.MIXERS:  # Each is compared once, by runs of its own.
         backbone_of(tiny_model(model_type))
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():
@@ -56,14 +56,14 @@ def in_place(modules, on_gpu=True):
 
 @contextmanager
 def transformers_own_path():
-    """The fused path is not taken."""
+    """Keep the fused path from being taken."""
     with pytest.MonkeyPatch.context() as patch, ops.using("released"):
         patch.setattr(mamba2, "_has_kernels", lambda tensor: False)
         yield
 
 
 def state_after(model, ids, sizes):
-    """The cache of a Mamba2 after chunks of these sizes."""
+    """Return the cache of a Mamba2 after chunks of these sizes."""
     state, start = None, 0
     for size in sizes:
         _, state = FAMILIES["mamba2"].forward(model, ids[:, start : start + size], start, state)

@@ -23,7 +23,7 @@ MAMBA2 = (
 )
 MAMBA1 = ("mamba_inner_fn", "selective_scan_fn")
 LAYERS = {"mamba-ssm": (*MAMBA2, *MAMBA1), "causal-conv1d": MAMBA2[:2]}
-# Model types whose mixers take them, of the transformers that fits `kernels`.
+# Model types whose mixers take them, in the transformers that fits `kernels`.
 MODELS = {
     **dict.fromkeys(
         ["bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"], MAMBA2
@@ -41,14 +41,14 @@ def tree(name):
 
 @functools.cache
 def kernel(name="mamba-ssm"):
-    """The kernel, loaded as `kernels` loads it."""
+    """Load the kernel as `kernels` loads it."""
     if not (tree(name) / "build").is_dir():
         pytest.fail(f"There is no {tree(name) / 'build'}; run `python -m ci.forks propagate`.")
     return kernels.get_local_kernel(tree(name))
 
 
 def functions(model_type):
-    """The functions of a model that `kernels` can replace, by the name of the layer."""
+    """Return the functions of a model that `kernels` can replace, by the name of the layer."""
     module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     known = [f for f in vars(module).values() if not isinstance(f, type)]
     known = [f for f in known if hasattr(type(f), "kernel_layer_name")]
@@ -79,7 +79,7 @@ def _counted(forward, calls, name):
 
 @contextmanager
 def kernelized(model, names=LAYERS["mamba-ssm"], path=None):
-    """A model on the layers of a kernel, by transformers' own switch; gives how often each ran."""
+    """Run a model on a kernel's layers, by transformers' own switch; yield how often each ran."""
     calls = collections.Counter()
     path = path or tree("mamba-ssm")
     layers = kernels.get_local_kernel(path).layers

@@ -1,11 +1,12 @@
 """Mamba2 in float64, one token at a time: the definition that everything else is held to.
 
-Written from the recurrence of "Transformers are SSMs" (arXiv 2405.21060, section 3 and figure 6):
+It is written from the recurrence of "Transformers are SSMs" (arXiv 2405.21060, section 3 and figure
+6):
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,        y_t = h_t C_t + D x_t
 
-with dt = softplus(raw + dt_bias), clamped, and a causal depthwise convolution with SiLU over
-(x, B, C) before it. It shares no code with transformers, only the weights.
+with dt = softplus(raw + dt_bias), clamped, and a causal depthwise convolution with SiLU over (x, B,
+C) before it. It shares no code with transformers, only the weights.
 """
 
 import copy
@@ -18,7 +19,7 @@ from torch.nn.functional import silu, softplus
 
 @dataclass
 class State:
-    """What a layer carries: conv (conv_dim, width - 1) and ssm (nheads, headdim, dstate)."""
+    """The state of a layer: conv (conv_dim, width - 1) and ssm (nheads, headdim, dstate)."""
 
     conv: Tensor
     ssm: Tensor
@@ -33,7 +34,7 @@ def initial_state(mixer) -> State:
 
 
 def mixer_step(mixer, u: Tensor, state: State) -> tuple[Tensor, State]:
-    """One token, u (hidden_size,), through one Mamba2 mixer that has its weights in float64."""
+    """Run one token, u (hidden_size,), through a Mamba2 mixer with weights in float64."""
     w = dict(mixer.named_parameters())
     inner, groups, dstate = mixer.intermediate_size, mixer.n_groups, mixer.ssm_state_size
     projected = w["in_proj.weight"] @ u
@@ -70,7 +71,7 @@ def _rms_norm(norm, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mamba2(model, ids: list[int]) -> tuple[Tensor, list[State]]:
-    """Hidden states (seqlen, hidden_size) of one sequence, and each layer's final state."""
+    """Return hidden states (seqlen, hidden_size) of one sequence, and each layer's final state."""
     model = copy.deepcopy(model).double()
     states = [initial_state(layer.mixer) for layer in model.layers]
     hidden = []

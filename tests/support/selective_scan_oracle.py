@@ -1,4 +1,4 @@
-"""Mamba-1's selective scan in float64, token by token: what the kernels are compared with.
+"""Mamba-1's selective scan in float64, token by token: the standard for the kernels.
 
 Per channel d and state n: h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t and y_t = Σ_n C_t h_t + D u_t, the
 result times silu(z_t) (Gu and Dao 2023, https://arxiv.org/abs/2312.00752, eq. 2 and 4, with B
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 
 def _per_token(weight: torch.Tensor, dim: int, seqlen: int, is_complex: bool) -> torch.Tensor:
-    """B or C of any form that the kernel takes, as (batch or 1, dim, dstate, seqlen)."""
+    """Return B or C of any form that the kernel takes, as (batch or 1, dim, dstate, seqlen)."""
     if weight.dim() == 2:
         return weight[None, :, :, None].expand(-1, -1, -1, seqlen)
     if weight.dim() == 3:
@@ -33,7 +33,7 @@ def selective_scan_oracle(
     delta_softplus: bool = False,
     initial_states: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The outputs (batch, dim, seqlen) and the state after the last token (batch, dim, dstate).
+    """Return the outputs (batch, dim, seqlen) and the last state (batch, dim, dstate).
 
     Args:
         u, delta, z: (batch, dim, seqlen), float64.

@@ -1,14 +1,15 @@
 """Mamba-2's fused op in float64, one token at a time: the definition its kernels are held to.
 
-Written from the recurrence of "Transformers are SSMs" (arXiv 2405.21060, section 3 and figure 6):
+It is written from the recurrence of "Transformers are SSMs" (arXiv 2405.21060, section 3 and figure
+6):
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,        y_t = h_t C_t + D x_t
 
-with dt = softplus(raw + dt_bias), clamped, and a causal depthwise convolution with SiLU over
-(x, B, C) before it; and from the state contract for `seq_idx`: -1 is padding, which stands at a
-row's ends; an initial state belongs to the row's first token, a final state is that of the row's
-last sequence after its last token, and a row without a token hands its states on. It shares no code
-with mamba-ssm. Everything is differentiable.
+with dt = softplus(raw + dt_bias), clamped, and a causal depthwise convolution with SiLU over (x, B,
+C) before it. It is also written from the state contract for `seq_idx`: -1 is padding, which stands
+at a row's ends; an initial state belongs to the row's first token; a final state is that of the
+row's last sequence after its last token; and a row without a token hands its states on. It shares
+no code with mamba-ssm. Everything is differentiable.
 """
 
 import math
@@ -19,7 +20,7 @@ from torch.nn.functional import silu, softplus
 
 
 def error(found: Tensor, expected: Tensor, scale: float = 1.0) -> float:
-    """Largest absolute error as a part of the largest expected value, or of `scale`."""
+    """Return the largest absolute error as a part of the largest expected value, or of `scale`."""
     if found.shape != expected.shape:
         raise AssertionError(f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
     if not expected.numel():
@@ -43,7 +44,7 @@ def scan(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence.
+    """Compute the recurrence.
 
     x and z are (batch, seqlen, nheads, headdim), dt (batch, seqlen, nheads), A and dt_bias
     (nheads,), B and C (batch, seqlen, ngroups, dstate), D (nheads,) or (nheads, headdim), states
@@ -85,8 +86,11 @@ def conv(
     seq_idx: Tensor | None = None,
     activation: str | None = "silu",
 ) -> tuple[Tensor, Tensor]:
-    """The causal convolution: x (batch, seqlen, dim), weight (dim, width), states (batch, dim,
-    width - 1). Returns the output, 0 at padding, and the final states."""
+    """Compute the causal convolution.
+
+    x is (batch, seqlen, dim), weight (dim, width), states (batch, dim, width - 1). Returns the
+    output, 0 at padding, and the final states.
+    """
     x, weight, bias, initial_states = _double(x, weight, bias, initial_states)
     batch, seqlen, dim = x.shape
     outs, finals = [], []
@@ -126,7 +130,7 @@ def fused(
     ngroups: int = 1,
     norm_before_gate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op between Mamba-2's in_proj and out_proj, and out_proj where its weight is given.
+    """Compute the op between Mamba-2's in_proj and out_proj; with its weight given, out_proj too.
 
     zxbcdt is (batch, seqlen, 2 d_nonssm + 2 dim + 2 ngroups dstate + nheads), in the order gate and
     value of a gated MLP, z, x, B, C, dt; conv1d_weight (dim + 2 ngroups dstate, width). Returns the
@@ -182,8 +186,10 @@ def fused(
 
 
 def _tokens(seq_idx: Tensor | None, row: int, seqlen: int):
-    """The positions of a row's tokens, and whether a sequence starts there that is not the row's
-    first: that one goes on from the initial state."""
+    """Yield the positions of a row's tokens, and whether a sequence after its first starts there.
+
+    The first sequence continues from the initial state.
+    """
     ids = [0] * seqlen if seq_idx is None else seq_idx[row].tolist()
     before = None
     for t, current in enumerate(ids):

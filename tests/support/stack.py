@@ -1,7 +1,7 @@
-"""Which libraries are tested: as they are released, with compat's hooks, or the forks without them.
+"""The libraries under test: as they are released, with compat's hooks, or the forks without them.
 
-VERTICAL_CHUNKING_STACK is `released`, unless it is set, or `forks`; `nox -s test-forks` installs
-those and sets it.
+VERTICAL_CHUNKING_STACK is `released`, which is the default, or `forks`; `nox -s test-forks`
+installs those and sets it.
 """
 
 import os

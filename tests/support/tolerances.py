@@ -8,7 +8,7 @@ import torch
 
 
 def error(found, wanted):
-    """The largest absolute error."""
+    """Return the largest absolute error."""
     return (found.double() - wanted.double()).abs().max().item()
 
 

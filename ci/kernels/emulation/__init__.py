@@ -68,7 +68,7 @@ ORDERS = ("forward", "reverse", "random")
 
 @contextmanager
 def order(name: Literal["forward", "reverse", "random"], seed: int = 0) -> Iterator[None]:
-    """The order in which a block's threads run, for the time of the context."""
+    """Set the order in which a block's threads run, for the length of a `with` block."""
     if name not in ORDERS:
         raise ValueError(f"found order {name!r}; need one of {', '.join(ORDERS)}")
     before = _load.set_order(ORDERS.index(name), seed)
@@ -80,7 +80,7 @@ def order(name: Literal["forward", "reverse", "random"], seed: int = 0) -> Itera
 
 @contextmanager
 def mutant(number: int) -> Iterator[None]:
-    """The fault that is on in kernels built with `emulation::mutant(n)`; else none is."""
+    """Switch on one fault of kernels built with `emulation::mutant(n)`; outside, none is on."""
     _load.set_mutant(number)
     try:
         yield
@@ -89,15 +89,15 @@ def mutant(number: int) -> Iterator[None]:
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """What the environment of a Python needs that loads a package with `sanitize=True`."""
+    """Return the environment of a Python that loads a package with `sanitize=True`."""
     libraries = []
-    for name in ("libasan.so", "libstdc++.so.6"):  # the second, so that exceptions are found
+    for name in ("libasan.so", "libstdc++.so.6"):  # The second serves exceptions.
         command = [_build.compiler(), f"-print-file-name={name}"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         libraries.append(done.stdout.strip())
     if not all(Path(library).is_absolute() for library in libraries):
         raise Unavailable("found no libasan.so; install the address sanitizer of g++")
-    # Python and torch keep memory to the end; new and delete are torch's before ours.
+    # Python and torch keep memory to the end, and torch's new and delete come before ours.
     options = "detect_leaks=0:alloc_dealloc_mismatch=0"
     return {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": options}
 
@@ -109,7 +109,7 @@ def causal_conv1d(
     types: Sequence[tuple[str, str]] = TYPES,
     replace: Mapping[str, str] | None = None,
 ) -> Any:
-    """The Python package `causal_conv1d` of a source tree, on CPU tensors.
+    """Load the Python package `causal_conv1d` of a source tree, to run on CPU tensors.
 
     Args:
         tree: causal-conv1d's sources, stock or patched.
@@ -130,7 +130,7 @@ def causal_conv1d(
         "causal_conv1d_cuda", tree / "csrc", list(types), sanitize, dict(replace or {})
     )
     extension = _load.load_extension("causal_conv1d_cuda", library)
-    # torch knows an op by its name: each load has names of its own.
+    # torch knows an op by its name, so each load needs names of its own.
     namespace = _load.unique("DaoAILab_emulated")
     folder = tree / "causal_conv1d"
     names = {path.stem for path in folder.glob("*.py")} - {"__init__"}
@@ -140,7 +140,7 @@ def causal_conv1d(
         modules = _load.load_package(
             folder,
             {"causal_conv1d_cuda": extension},
-            sorted(names, key=lambda name: (name != "cpp_functions", name)),  # imported by others
+            sorted(names, key=lambda name: (name != "cpp_functions", name)),  # Others import it.
             lambda text: text.replace('"DaoAILab"', f'"{namespace}"'),
         )
     public = SimpleNamespace(modules=modules, causal_conv1d_cuda=extension)

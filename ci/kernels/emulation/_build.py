@@ -1,4 +1,4 @@
-"""CUDA sources become a Python extension for the CPU: rewritten in three places, built by g++."""
+"""Turn CUDA sources into a Python extension for the CPU: rewrite three things, build with g++."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "emulation"
 
-# What CUDA sources include, and which of our headers stands in for it.
+# The headers that CUDA sources include, and the one of ours that stands in for each.
 HEADERS = {
     "cuda_bf16.h": "cuda.h",
     "cuda_fp16.h": "cuda.h",
@@ -42,8 +42,8 @@ FLAGS = [
     "-std=c++20",
     "-fPIC",
     "-g1",
-    "-fno-strict-aliasing",  # kernels cast what they load
-    "-fno-gnu-unique",  # each build has a state of its own, also two in one process
+    "-fno-strict-aliasing",  # Kernels cast what they load.
+    "-fno-gnu-unique",  # Each build has its own state, even two in one process.
 ]
 SANITIZE = [
     "-fsanitize=address,bounds",
@@ -53,11 +53,11 @@ SANITIZE = [
 
 
 class Unavailable(RuntimeError):
-    """What the emulation needs is not on this machine."""
+    """Raised where this machine lacks something that the emulation needs."""
 
 
 def compiler() -> str:
-    """The path of g++, or `Unavailable`."""
+    """Return the path of g++, or raise `Unavailable`."""
     found = shutil.which(os.environ.get("CXX", "g++"))
     if not found:
         raise Unavailable("found no g++; the emulation compiles CUDA sources with it: install g++")
@@ -69,7 +69,7 @@ def compiler() -> str:
 
 
 def rewrite(text: str, path: Path) -> str:
-    """Put function calls where CUDA's own syntax stands: launches and `__shared__` arrays.
+    """Replace CUDA's own syntax, launches and `__shared__` arrays, by function calls.
 
     Raises:
         ValueError: a launch or a `__shared__` that is written in a way not understood here.
@@ -114,10 +114,10 @@ def _write(path: Path, text: str) -> None:
 
 @contextmanager
 def _making(target: Path) -> Iterator[Path | None]:
-    """Where to make a file that other processes may be making too; None if it is there.
+    """Yield a path at which to make a file that other processes may make too; None if it exists.
 
-    What has been loaded is never replaced: a second load would be another library, with a state of
-    its own.
+    A file that has been loaded is never replaced: a second load would be another library, with a
+    state of its own.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".lock").open("w") as lock:
@@ -131,7 +131,7 @@ def _making(target: Path) -> Iterator[Path | None]:
 
 
 def _instantiate(text: str, wanted: list[tuple[str, str]]) -> str:
-    """The explicit instantiations of other (input, weight) types become functions that raise."""
+    """Replace explicit instantiations of other (input, weight) types by functions that raise."""
 
     def choose(match: re.Match[str]) -> str:
         if (match[2], match[3]) in wanted:
@@ -156,7 +156,7 @@ def build(
     sanitize: bool,
     replace: dict[str, str],
 ) -> Path:
-    """Compile all sources in `csrc` to the extension `name`; what was compiled before is kept.
+    """Compile all sources in `csrc` to the extension `name`; reuse what was compiled before.
 
     Args:
         name: the extension's name for Python.
@@ -204,7 +204,7 @@ def build(
     includes.append(Path(sysconfig.get_path("include")))
     jobs = []
     for unit, text in units.items():
-        # Compiling is most of the time, fibers most of the rest.
+        # Compiling is most of the total time, and fibers are most of the run time.
         level = "-O2" if unit == "runtime.cpp" else "-O0"
         command = [gxx, *flags, level, *(f"-I{path}" for path in includes), "-c"]
         jobs.append((BUILD / f"{unit}-{_digest(key, text, level)}.o", text, command))

@@ -1,4 +1,4 @@
-"""Loads a tree's Python package against an emulated extension, with poisoned, guarded tensors."""
+"""Load a tree's Python package on an emulated extension, with poisoned and guarded tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-UNSET = 0xFF  # every byte of memory that nobody has written: NaN in all float types
+UNSET = 0xFF  # Memory that nobody has written: NaN in all float types.
 GUARD = 4096  # bytes on either side of a guarded tensor
 
 INTERPRET = mock.patch.dict("os.environ", TRITON_INTERPRET="1")
@@ -26,13 +26,13 @@ _loaded: list[ctypes.CDLL] = []
 _guards: list[tuple[StorageWeakRef, int, int]] = []  # storage, addresses of the two zones
 _numbers = itertools.count()
 _order = (0, 0)
-# Under the address sanitizer guard zones are poisoned: a read of them is found as well.
+# Under the address sanitizer guard zones are poisoned, so that a read of them is found as well.
 _poison = getattr(ctypes.CDLL(None), "__asan_poison_memory_region", None)
 
 
 def load_extension(name: str, library: Path) -> types.ModuleType:
-    """Load an extension, every function of which checks all guards when it returns."""
-    # pybind11 keeps modules by their full name, and would give the one that was loaded before.
+    """Load an extension; each of its functions checks all guards when it returns."""
+    # pybind11 keeps modules by their full name, and would return the one that was loaded before.
     full_name = f"{unique('emulated')}.{name}"
     loader = importlib.machinery.ExtensionFileLoader(full_name, str(library))
     spec = importlib.util.spec_from_loader(full_name, loader)
@@ -51,7 +51,7 @@ def load_extension(name: str, library: Path) -> types.ModuleType:
 
 
 def set_order(which: int, seed: int) -> tuple[int, int]:
-    """The order of threads in all extensions, loaded or yet to be; returns the one before."""
+    """Set the order of threads in all extensions, also later ones; return the previous order."""
     global _order
     before, _order = _order, (which, seed)
     for handle in _loaded:
@@ -60,7 +60,7 @@ def set_order(which: int, seed: int) -> tuple[int, int]:
 
 
 def set_mutant(number: int) -> None:
-    """The mutant that is on in all extensions that are loaded; 0 is none."""
+    """Switch a mutant on in all extensions that are loaded; 0 is none."""
     for handle in _loaded:
         handle.emulation_mutant(number)
 
@@ -75,7 +75,7 @@ def _with_guards(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def empty(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of NaN that lies between guard zones."""
+    """Return a tensor of NaN that lies between guard zones."""
     span = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     count = 0 if 0 in size else span * dtype.itemsize
     base = torch.full((GUARD + count + GUARD,), UNSET, dtype=torch.uint8)
@@ -85,13 +85,13 @@ def empty(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> tor
         _poison(ctypes.c_void_p(after), ctypes.c_size_t(GUARD))
     else:
         _guards.append((StorageWeakRef(base.untyped_storage()), before, after))
-    # Not a view of `base`: autograd treats views that a function returns in its own way.
+    # This is not a view of `base`, as autograd treats views that a function returns specially.
     tensor = torch.empty(0, dtype=dtype)
     return tensor.set_(base.untyped_storage(), GUARD // dtype.itemsize, size, stride)
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor, with its strides, that lies between guard zones.
+    """Return a copy of a tensor, with its strides, that lies between guard zones.
 
     An extension that writes into them raises when it returns; under the address sanitizer, one that
     reads them ends the process. The copy is a leaf, and requires a gradient if the tensor does.
@@ -116,7 +116,7 @@ def check_guards(function: str) -> None:
 
 
 class _Torch(types.ModuleType):
-    """`torch` as the package under test sees it: `empty` gives NaN between guard zones."""
+    """The `torch` that the package under test sees: its `empty` gives NaN between guard zones."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -142,9 +142,9 @@ def _poisoned(like: torch.Tensor) -> torch.Tensor:
 def modules_replaced(
     replaced: Mapping[str, types.ModuleType | None], prefix: str
 ) -> Iterator[None]:
-    """For the time of an import, `replaced` are in sys.modules, and nothing of `prefix` else.
+    """Put `replaced` into sys.modules during an import, and take out other modules of `prefix`.
 
-    None stands for a module that is not there.
+    None stands for a module that is absent.
     """
 
     def own(name: str) -> bool:
@@ -172,7 +172,7 @@ def load_package(
 
     Args:
         folder: the package's folder, as `…/causal_conv1d`.
-        extensions: what its `import name` of compiled modules finds.
+        extensions: the compiled modules that it imports, by name.
         submodules: the modules to load, in an order that fits their imports.
         change: maps a module's source to what is run instead.
 
@@ -200,12 +200,12 @@ def load_package(
 
 
 def unique(name: str) -> str:
-    """The name with a number, which nothing else that is loaded has."""
+    """Return the name with a number, so that nothing else that is loaded has it."""
     return f"{name}_{next(_numbers)}"
 
 
 def interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which launches a Triton kernel, in Triton's interpreter and without a device."""
+    """Run `function`, which launches a Triton kernel, in Triton's interpreter without a device."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with INTERPRET, mock.patch.object(torch.cuda, "device", mock.MagicMock()):

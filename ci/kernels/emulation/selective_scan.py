@@ -1,4 +1,4 @@
-"""Loads the selective-scan interface of a mamba-ssm tree against the emulated extension."""
+"""Load the selective-scan interface of a mamba-ssm tree on the emulated extension."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from ci.kernels.emulation import _build, _load
 
-# Threads of a block and items of a thread: for rows of up to 128, 256, 512, 1024 and more tokens.
+# Threads of a block and items of a thread, for rows of up to 128, 256, 512, 1024 and more tokens.
 SIZES = ((32, 4), (32, 8), (32, 16), (64, 16), (128, 16))
 
-# The tree's static_switch.h instantiates both values of everything, which takes minutes. The rarer
-# values are built for the smallest block alone: constant B and C, and delta without softplus.
+# The tree's static_switch.h instantiates both values of every switch, which takes minutes. Here the
+# rarer values, constant B and C and delta without softplus, are built for the smallest block alone.
 SWITCHES = """
 #pragma once
 #define BOOL_SWITCH(COND, NAME, ...) SWITCH_##NAME(COND, NAME, __VA_ARGS__)
@@ -51,9 +51,9 @@ static at::Tensor guarded(const at::Tensor &like) {
 
 
 def _inlined(name: str, texts: Mapping[str, str], csrc: Path, seen: set[str]) -> str:
-    """The text with the headers that it includes in their place, but selective_scan.h.
+    """Return the text with its included headers, except selective_scan.h, in their place.
 
-    So a mutant of a kernel is another .cu, and not another header for all sources.
+    Then a mutant of a kernel is another .cu, not another header for all sources.
     """
 
     def include(match: re.Match[str]) -> str:
@@ -70,7 +70,7 @@ def _inlined(name: str, texts: Mapping[str, str], csrc: Path, seen: set[str]) ->
 
 
 def _only(text: str, sizes: Sequence[tuple[int, int]]) -> str:
-    """The text without the launches of other block sizes, which raise instead."""
+    """Return the text without the launches of other block sizes, which raise instead."""
 
     def launch(match: re.Match[str]) -> str:
         if (int(match[1]), int(match[2])) in sizes:
@@ -81,7 +81,7 @@ def _only(text: str, sizes: Sequence[tuple[int, int]]) -> str:
 
 
 def _guarded(text: str) -> str:
-    """The text of the bindings, whose tensors are poisoned and lie between guard zones."""
+    """Return the text of the bindings, with tensors poisoned and between guard zones."""
     pieces, position = [], 0
     for call in re.finditer(r"torch::(?:empty|(zeros))(?:_like)?\(", text):
         end, depth = call.end(), 1
@@ -102,7 +102,7 @@ def extension(
     sanitize: bool = False,
     replace: Mapping[str, str] | None = None,
 ) -> Path:
-    """Compile a tree's csrc/selective_scan with the instantiations that are asked for.
+    """Compile a tree's csrc/selective_scan with the given instantiations.
 
     A call of one that was not built raises.
 
@@ -119,7 +119,7 @@ def extension(
     csrc = tree / "csrc" / "selective_scan"
     texts = {path.name: path.read_text() for path in sorted(csrc.iterdir())}
     texts |= dict(replace or {})
-    # Inside a class g++ refuses a name that changes its meaning; nvcc does not.
+    # g++ refuses a name that changes its meaning inside a class; nvcc does not.
     texts["reverse_scan.cuh"] = texts["reverse_scan.cuh"].replace(
         "using WarpReverseScan = WarpReverseScan<", "using WarpReverseScan = ::WarpReverseScan<"
     )
@@ -156,7 +156,7 @@ def _module(name: str, path: Path) -> ModuleType:
 
 
 def selective_scan(tree: Path, **options: Any) -> ModuleType:
-    """`mamba_ssm.ops.selective_scan_interface` of a tree, on CPU tensors.
+    """Load `mamba_ssm.ops.selective_scan_interface` of a tree, to run on CPU tensors.
 
     Args:
         tree: a mamba-ssm source tree.
