@@ -75,8 +75,8 @@ def embed(
             "(.json, .pdf, .docx, .html and the like) are refused. All but .parquet may be "
             "compressed (.gz, .bz2, .zst). Folders are searched through all levels and links, in "
             "sorted order, for texts only: files that end in .txt, .md, .rst or .text, compressed "
-            "or not. The number of other files is printed on stderr. A text file may have any size: "
-            "a piece of it is in memory at a time; of tables and JSON lines, a record.",
+            "or not. The number of other files is printed on stderr. A text file may have any "
+            "size: a piece of it is in memory at a time; of tables and JSON lines, a record.",
             show_default=False,
         ),
     ],

@@ -119,12 +119,6 @@ NOT_YET = {
     "ci/forks/behaviour.py",
     "ci/forks/hub_kernels.py",
     "ci/forks/relative_imports.py",
-    "compat/hooks/cut_texts.py",
-    "compat/hooks/encoder.py",
-    "compat/jobs/documents.py",
-    "compat/jobs/embed.py",
-    "compat/jobs/limits.py",
-    "compat/stream/loop.py",
 }
 
 

@@ -38,7 +38,7 @@ _SIMPLE = ["NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Pr
 
 
 class Difference(NamedTuple):
-    """Where streamed tokens are not those of the whole text."""
+    """A case in which streamed tokens are not those of the whole text."""
 
     kind: str
     seed: int
@@ -128,7 +128,7 @@ def tokenizer_of(kind: str, draw: Random) -> tuple[Tokenizer, list[str]]:
 
 
 def _misplaced(tokenizer: Tokenizer, whole: str) -> bool:
-    """Whether tokenizers 0.23.3 may have the offsets of the whole text wrong.
+    """Return whether tokenizers 0.23.3 may have the offsets of the whole text wrong.
 
     Where a charsmap makes nothing of the first character behind an added token, all offsets until
     the next one are too small.
@@ -138,7 +138,7 @@ def _misplaced(tokenizer: Tokenizer, whole: str) -> bool:
 
 
 def compare(tokenizer: Tokenizer, whole: str, draw: Random) -> str | None:
-    """What is different between the streamed tokens and the whole text's; None if nothing is."""
+    """Say how the streamed tokens differ from the whole text's; None if they do not."""
     streaming = StreamingTokenizer(tokenizer, window=draw.choice([1, 3, 8, 20, 60]))
     special = draw.random() < 0.7
     try:

@@ -78,9 +78,7 @@ def main(into_file: bool = False) -> int:
     torch.set_num_threads(1)
     sys.path.append(str(TESTS))
     tiny_model: Any = importlib.import_module("support.families").tiny_model
-    released: Any = importlib.import_module(
-        "tests.laws.test_released"
-    ).in_chunks  # It needs pytest.
+    released: Any = importlib.import_module("tests.laws.test_released").in_chunks
     right: float = importlib.import_module("support.tolerances").CHUNKED[torch.float32]
 
     ways: list[Read] = [

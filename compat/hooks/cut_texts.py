@@ -28,7 +28,7 @@ class CutTextWarning(UserWarning):
 
 @dataclass
 class Cuts:
-    """How many texts were cut.
+    """The number of texts that were cut, and by how much.
 
     Attributes:
         seen: The number of texts that were looked at.
@@ -158,13 +158,13 @@ def reader_of(model: SentenceTransformer, task: str | None) -> Any:
 
 
 def asked_for(processing_kwargs: Mapping[str, Any]) -> bool:
-    """Whether the call itself says where texts are to be cut."""
+    """Return whether the call itself says where texts are to be cut."""
     settings = {**processing_kwargs.get("common", {}), **processing_kwargs.get("text", {})}
     return bool({"max_length", "truncation"} & set(settings))
 
 
 def _limit(reader: Any, task: str | None) -> tuple[str, int | None]:
-    """What limits a text of this task: the name under which a user sets it, and the number."""
+    """Say what limits a text of this task: the name under which a user sets it, and the number."""
     own = f"{task}_length"
     if task in ("query", "document") and getattr(reader, own, None) is not None:
         return f"model[0].{own}", getattr(reader, own)
@@ -175,7 +175,7 @@ def _limit(reader: Any, task: str | None) -> tuple[str, int | None]:
 
 
 def _full_length(encoding: Any) -> int:
-    """How many tokens a text had before a fast tokenizer cut it; 0 where it has not."""
+    """Return how many tokens a text had before a fast tokenizer cut it; 0 where it has not."""
     parts = encoding.overflowing
     own = sum(encoding.attention_mask)
     # Each part has the tokens around a text, such as its end, and padding.
@@ -188,7 +188,7 @@ def _full_length(encoding: Any) -> int:
 
 
 def _count(tokenizer: Any, text: Any, prompt: str | None) -> int:
-    """How many tokens a text has where nothing limits it; 0 where it is no text."""
+    """Return how many tokens a text has where nothing limits it; 0 where it is no text."""
     if not isinstance(text, str):
         return 0
     ids = tokenizer((prompt or "") + text, truncation=False, verbose=False)["input_ids"]
@@ -196,7 +196,7 @@ def _count(tokenizer: Any, text: Any, prompt: str | None) -> int:
 
 
 def _about(reader: Any) -> str:
-    """What the model itself has against longer texts."""
+    """Say what the model itself has against longer texts."""
     try:
         backbone, family = backbone_of(reader.model)
     except (VerticalChunkingError, AttributeError):

@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Run:
-    """What the modules need to know of the `_inference` call that they serve.
+    """The call of `_inference` that the modules serve.
 
     Attributes:
         size: Tokens in a vertical chunk.
@@ -128,12 +128,12 @@ def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
 
 
 def installed() -> bool:
-    """Whether sentence-transformers can be imported."""
+    """Return whether sentence-transformers can be imported."""
     return importlib.util.find_spec("sentence_transformers") is not None
 
 
 def is_native() -> bool:
-    """Whether the installed release has `vertical_chunk_size` without any hook."""
+    """Return whether the installed release has `vertical_chunk_size` without any hook."""
     from sentence_transformers import SentenceTransformer
 
     return KEYWORD in inspect.signature(SentenceTransformer.encode).parameters

@@ -53,7 +53,7 @@ def whole(text: Any) -> Any:
 
 
 def is_long(text: Any) -> bool:
-    """Whether a text is to be streamed."""
+    """Return whether a text is to be streamed."""
     return isinstance(text, TextStream) or (isinstance(text, str) and len(text) > LONG)
 
 
@@ -171,7 +171,7 @@ def _check_probe(
 
 
 def count(tokenizer: Any, pieces: Iterable[str]) -> int:
-    """How many tokens a text has, special ones counted.
+    """Return how many tokens a text has, special ones counted.
 
     Raises:
         UnsupportedTokenizerError: They cannot be streamed.

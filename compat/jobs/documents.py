@@ -278,7 +278,7 @@ def _read_csv(path: Path, delimiter: str, text_column: str, id_column: str | Non
 
 
 def _csv_rows(path: Path, reader: Any) -> Iterator[tuple[str, list[str]] | Problem]:
-    """Where each row begins, and its fields; empty lines are left out."""
+    """Return where each row begins, and its fields; empty lines are left out."""
     while True:
         where = f"{path}:{reader.line_num + 1}"
         try:

@@ -173,7 +173,7 @@ def _take_granted_cpus() -> None:
 
 
 def _settings(model: SentenceTransformer, name: str) -> dict[str, str]:
-    """What decides the numbers, in words; chunk size and batch size do not.
+    """Say what decides the numbers, in words; chunk size and batch size do not.
 
     Nor does max_seq_length, unless texts are cut there: `Limit` says where they are.
     """

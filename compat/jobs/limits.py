@@ -1,4 +1,4 @@
-"""How many tokens of a text the command's model reads: no text is cut that nobody wants cut."""
+"""The most tokens of a text that the command's model reads; no text is cut unasked."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Limit:
         return self._read(doc, count, read)
 
     def num_streamed(self, doc: Document, ids: TokenIds) -> int | None:
-        """The same of a text whose ids, with the prompt, the model has read."""
+        """Return `num_tokens` of a text whose ids, with the prompt, the model has read."""
         count = count_streamed(self._first.tokenizer, doc.text) if self.prompt else ids.count
         return self._read(doc, count, ids.count)
 
@@ -78,7 +78,7 @@ class Limit:
         return min(count, self.tokens) if self.truncate else None
 
     def problem(self, doc: Document) -> str:
-        """Why the text of a document is not embedded."""
+        """Say why the text of a document is not embedded."""
         return (
             f"found {self.cut[doc.id]} tokens, needed at most {self.tokens}: "
             "--max-seq-length raises that, --truncate cuts"

@@ -29,7 +29,7 @@ class NotTextError(Exception):
 
 
 class Scan(NamedTuple):
-    """What is known of a text.
+    """The facts about a text that its first reading gives.
 
     Attributes:
         text: The text, where it is short.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Bounds(NamedTuple):
-    """Whether something is so for certain, and whether it may be so."""
+    """A lower and an upper bound: is something so for certain, and may it be so?"""
 
     sure: bool
     possible: bool
@@ -32,14 +32,16 @@ _WHITE_SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u300
 
 @lru_cache(maxsize=65536)
 def settled(char: str) -> bool:
-    """Whether the character has one category in all versions of Unicode from 3.2 on."""
+    """Return whether the character has one category in all versions of Unicode from 3.2 on."""
     return unicodedata.ucd_3_2_0.category(char) == unicodedata.category(char)
 
 
 @lru_cache(maxsize=65536)
 def plain(char: str) -> bool:
-    """Whether the character is settled, a grapheme of its own beside others that are plain too, and
-    composes in no normalization form with what comes before it.
+    """Return whether nothing that comes before the character can change it, nor it that.
+
+    It is settled, a grapheme of its own beside others that are plain too, and composes in no
+    normalization form with what comes before it.
     """
     if char in "\t\n\r":
         return True
@@ -59,18 +61,18 @@ def _known(char: str, so: bool) -> Bounds:
 
 
 def category(char: str, name: str) -> Bounds:
-    """Whether the character is of a general category, such as L or Lu."""
+    """Return whether the character is of a general category, such as L or Lu."""
     return _known(char, unicodedata.category(char).startswith(name))
 
 
 def space(char: str) -> Bounds:
-    """Whether the character is white space."""
+    """Return whether the character is white space."""
     so = char in _WHITE_SPACE
     return Bounds(so, so or char.isspace() or not settled(char))
 
 
 def word(char: str) -> Bounds:
-    r"""Whether a regular expression's \w takes the character."""
+    r"""Return whether a regular expression's \w takes the character."""
     kind = unicodedata.category(char)
     if not settled(char):
         return UNKNOWN
@@ -80,7 +82,7 @@ def word(char: str) -> Bounds:
 
 
 def punctuation(char: str) -> Bounds:
-    """Whether BERT takes the character for punctuation: Unicode's, and ASCII's symbols."""
+    """Return whether BERT takes the character for punctuation: Unicode's, and ASCII's symbols."""
     kind = unicodedata.category(char)[0]
     return _known(char, kind == "P" or (char.isascii() and kind == "S"))
 

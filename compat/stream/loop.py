@@ -90,5 +90,5 @@ def run_together(
 
 
 def _stop(start: int, end: int, longest: int) -> int:
-    """Where a part ends for rows of which the longest has so many tokens; never after one token."""
+    """Return where a part ends for rows of at most `longest` tokens; never after one token."""
     return min(end, max(longest, start + 2))

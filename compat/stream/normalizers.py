@@ -1,4 +1,4 @@
-"""What a tokenizer's normalizers make of the characters on both sides of a place.
+"""A tokenizer's normalizers, asked what they make of the characters beside a place.
 
 Each normalizer is a step from the characters that may stand on the left and on the right of the
 place before it, to those after it. There is no such step where a normalizer may read across.

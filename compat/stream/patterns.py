@@ -1,4 +1,4 @@
-r"""Which characters can stand side by side in a match of a regular expression.
+r"""Find which characters can stand side by side in a match of a regular expression.
 
 A pattern is read into Glushkov's automaton ("The abstract theory of automata", 1961): a position
 for each character that it names, and which position may follow which. A match contains the
@@ -83,20 +83,20 @@ class Pattern:
         return cls(config["Regex"]) if "Regex" in config else cls.literal(config["String"])
 
     def joins(self, left: str, right: str) -> bool:
-        """Whether a match, or what it looks at, may contain `left` and `right` side by side."""
+        """Return whether a match, or what it looks at, may have `left` and `right` side by side."""
         after = self._taken(right)
         return any(self._follow.get(at, _NONE) & after for at in self._taken(left))
 
     def may_start(self, char: str) -> bool:
-        """Whether a match, or what it looks at, may begin with the character."""
+        """Return whether a match, or what it looks at, may begin with the character."""
         return bool(self._first & self._taken(char))
 
     def may_end(self, char: str) -> bool:
-        """Whether a match may end with the character."""
+        """Return whether a match may end with the character."""
         return bool(self._last & self._taken(char))
 
     def covers(self, char: str) -> bool:
-        """Whether the character is part of a match wherever it stands."""
+        """Return whether the character is part of a match wherever it stands."""
         return any(self._positions[at](char).sure for at in self._lone)
 
     def _take(self, char: str) -> frozenset[int]:
@@ -174,7 +174,7 @@ class Pattern:
         return part
 
     def _times(self) -> tuple[int, int | None]:
-        """How often something is repeated: at least, and at most."""
+        """Return how often something is repeated: at least, and at most."""
         sign = self._peek()
         self._at += 1
         if sign != "{":
@@ -295,7 +295,7 @@ class Pattern:
 
 
 def _folded(char: str, low: str, high: str) -> Bounds:
-    """Whether a range of ASCII takes the character in any case.
+    """Return whether a range of ASCII takes the character in any case.
 
     Any letter may be meant: the long s is an s, and some fold to several letters.
     """

@@ -1,4 +1,4 @@
-"""Whether a tokenizer's pre-tokenizers cut between the characters on both sides of a place."""
+"""A tokenizer's pre-tokenizers, asked whether they cut between two characters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compat.stream.refusals import unsupported
 
 
 class Verdict(Enum):
-    """What a pre-tokenizer does at a place: whatever stands farther away, or not."""
+    """The answer of a pre-tokenizer about a place, which holds whatever stands farther away."""
 
     CUT = "it always cuts there"
     WHOLE = "it never cuts there"

@@ -88,7 +88,7 @@ def align_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor
 
 
 def batches(lengths: Tensor, parts: Sequence[Window]) -> list[Tensor]:
-    """Which rows are run together, each (n,) int64 ascending; a row without a token in none.
+    """Return which rows are run together, each (n,) int64 ascending; a row without a token in none.
 
     On an accelerator, all of them. On a CPU a token takes about the same time in any batch, so
     there rows go together only where that costs less in padding than runs of their own would.

@@ -29,7 +29,7 @@ _ORDINARY = "aZ1 \n,.(-\u4e2d\uff0c\u3002\u0431"
 
 
 class Seams:
-    """Where the texts of a tokenizer may be cut.
+    """The places where the texts of a tokenizer may be cut.
 
     Args:
         config: The description of the tokenizer, as in tokenizer.json.
@@ -58,7 +58,7 @@ class Seams:
             )
 
     def at(self, text: str, place: int) -> bool:
-        """Whether there is a seam before text[place]; 2 <= place < len(text) - 1."""
+        """Return whether there is a seam before text[place]; 2 <= place < len(text) - 1."""
         return (
             self._between(text[place - 1], text[place])
             and self._kept(text[place - 2], True)
@@ -71,7 +71,7 @@ class Seams:
         return next((place for place in places if self.at(text, place)), None)
 
     def _keeps_apart(self, char: str, on_left: bool) -> bool:
-        """Whether a neighbour's neighbour lets nothing behind it compose with the neighbour."""
+        """Return whether a neighbour's neighbour keeps what is behind it from composing."""
         if not self._composing:
             return True
         one, none = frozenset(char), frozenset[str]()
@@ -83,7 +83,7 @@ class Seams:
         return plain(char)
 
     def _is_between(self, left: str, right: str) -> bool:
-        """Whether there is a seam between two characters, if their neighbours keep it."""
+        """Return whether there is a seam between two characters, if their neighbours keep it."""
         # A token that strips the spaces on its right would strip those behind the place too.
         if not plain(left) or not plain(right) or space(left).possible:
             return False
@@ -133,7 +133,7 @@ class _AddedTokens:
                     self._firsts.add(form[0])
 
     def cross(self, sides: Sides) -> bool:
-        """Whether a token may reach across the place, or depend on what is on its other side."""
+        """Return whether a token may reach across the place, or depend on the other side."""
         if sides.left & self._lasts or sides.right & self._firsts:
             return True
         if self._strips_normal and any(space(char).possible for char in sides.left):

@@ -42,7 +42,7 @@ class TokenIds:
 
     @property
     def chars(self) -> int:
-        """How many characters of the text have been taken, as near as may be; no more than read."""
+        """Return about how many characters of the text have been taken, at most those read."""
         return self._chars * self._given // max(self.kept, 1)
 
     def take(self, count: int) -> list[int]:

@@ -164,7 +164,7 @@ class StreamingTokenizer:
         yield self._new("".join(parts), known, begin, with_offsets)
 
     def _context(self, text: str, seam: int) -> tuple[int, list[int]]:
-        """Where the next window begins, a seam before its own part, and the tokens until there.
+        """Find where the next window begins, a seam before its own part, and the tokens till then.
 
         There is one token at least, since the first one of a window may have other offsets.
         """
@@ -228,7 +228,7 @@ def _backend(tokenizer: Any) -> Tokenizer:
 
 
 def _cut(pieces: Iterable[str], size: int) -> Iterator[str]:
-    """The same text in pieces of at most `size` characters."""
+    """Cut a text into pieces of at most `size` characters."""
     for piece in pieces:
         if len(piece) <= size:
             yield piece
