@@ -1,45 +1,20 @@
 """All tasks of this repository, each under one short verb: `python3 -m nox -s VERB`."""
 
-import argparse
-import os
-import re
-import shutil
+import sys
 from pathlib import Path
 
 import nox
-from packaging.requirements import Requirement
+
+# The command `nox` does not import from here by itself.
+sys.path.insert(0, f"{Path(__file__).parent}")
+
+from ci import sessions
+from ci.sessions import INTERPRET, NATIVE, OFFLINE, PYTEST, install
 
 nox.options.sessions = ["lint", "tests"]
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-
-# No test and no demo reaches for a model hub.
-OFFLINE = {"HF_HUB_OFFLINE": "1"}
-# Triton's kernels run on a CPU, in its interpreter.
-INTERPRET = {"TRITON_INTERPRET": "1"}
-# Tests share the cores; each of them has one thread.
-PYTEST = ["pytest", "-n", "auto", "--dist", "worksteal"]
-# The patched sources of the kernel libraries, in the order in which they need each other.
-TREES = {library: f"forks/{library}/tree" for library in ["causal-conv1d", "mamba-ssm"]}
-# The patched libraries that need no compat; tests hold them to the laws without it.
-NATIVE = ["transformers", "sentence-transformers"]
-_HOOKS = "stack refusals stored_default workers"
-LAWS = [
-    *(f"tests/laws/test_{name}.py" for name in ["model", "encode", "released"]),
-    *(f"tests/hooks/test_{name}.py" for name in _HOOKS.split()),
-    "tests/kernels/test_fused_fork.py",
-]
-
-
-def install(session, *groups, extras="", pins="ci/constraints.txt"):
-    """Install the package itself, and dependency groups of pyproject.toml, as pinned.
-
-    torch is named first and exactly, so that a machine that has a wheel of it at hand takes that.
-    """
-    session.install("-c", pins, "torch")
-    wanted = [word for group in groups for word in ("--group", group)]
-    session.install("-c", pins, "-e", f".{extras}", *wanted)
 
 
 @nox.session
@@ -67,22 +42,7 @@ def forks(session):
 @nox.session(name="test-kernels", default=False)
 def test_kernels(session):
     """Run and compile the forks' kernels, stock and patched, without a GPU: 20 minutes."""
-    install(session, "tests")
-    session.run(*PYTEST, "tests/kernels", *session.posargs, env=OFFLINE | INTERPRET)
-    if session.posargs:
-        return
-    # This rehearses test-gpu with a few examples of each law; above they were drawn in full.
-    session.run(*PYTEST, "tests/gpu", "-k", "not thorough", env=OFFLINE | INTERPRET)
-    tiny = ["--device", "cpu", "--layers", "2", "--hidden-size", "128", "--lengths", "64", "600"]
-    session.run("python", "-m", "ci.bench.gpu", *tiny, env=OFFLINE)
-    session.run("python", "-m", "ci.kernels.triton_aot")
-    if shutil.which("nvcc"):
-        for tree in TREES.values():
-            session.run(
-                "python", "-m", "ci.kernels.registers", tree, "--arch", "sm_80", "sm_90", "sm_100"
-            )
-    else:
-        session.warn("CUDA sources were not compiled for a GPU: there is no nvcc on the PATH")
+    sessions.test_kernels(session)
 
 
 @nox.session(name="test-futures", default=False)
@@ -94,7 +54,7 @@ def test_futures(session):
 
 @nox.session(name="fuzz-tokenizers", default=False)
 def fuzz_tokenizers(session):
-    """Streamed token ids against those of the whole text, 2,000 cases a kind: 5 minutes."""
+    """Hold streamed token ids to those of the whole text, in 2,000 cases a kind: 5 minutes."""
     install(session, "tests")
     # Some random tokenizers panic on the whole text too, which is counted.
     quiet = {"RUST_BACKTRACE": "0"}
@@ -104,45 +64,13 @@ def fuzz_tokenizers(session):
 @nox.session(name="test-gpu", default=False)
 def test_gpu(session):
     """Test the patched kernels on a machine with a GPU: build, upstream's tests, laws, times."""
-    if shutil.which("nvidia-smi") is None:
-        session.error(
-            "Found no nvidia-smi on the PATH; needed: a machine with an NVIDIA GPU, its driver and "
-            "the CUDA toolkit. Without one, `nox -s test-kernels` rehearses this session."
-        )
-    install(session, "tests", extras="[embed]")
-    session.run("python", "-m", "ci.gpu")  # Stops here if torch or the toolkit cannot use the GPU.
-    session.run("python", "-m", "ci.forks", "sync")
-    build = {"CAUSAL_CONV1D_FORCE_BUILD": "TRUE", "MAMBA_FORCE_BUILD": "TRUE"}
-    scratch = Path(session.create_tmp())
-    for library, tree in TREES.items():
-        copy = scratch / library  # A build in the tree would leave its traces there.
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(tree, copy, ignore=shutil.ignore_patterns(".git"))
-        install_kernels = ["--no-build-isolation", "-c", "ci/constraints.txt", f"{copy}"]
-        session.install(*install_kernels, env=build)
-    for library in TREES:
-        # Upstream's own settings are used, not ours, and no model from a hub.
-        own = ["-c", os.devnull, "--rootdir", f"{scratch / library}"]
-        session.run("pytest", *own, f"{scratch / library}/tests", env=OFFLINE)
-    # The laws are about float32, which Triton would round to TF32 in matrix products.
-    session.run("pytest", "tests/gpu", env=OFFLINE | {"TRITON_F32_DEFAULT": "ieee"})
-    session.run("python", "-m", "ci.bench.gpu", *session.posargs, env=OFFLINE)
+    sessions.test_gpu(session)
 
 
 @nox.session(name="test-forks", default=False)
 def test_forks(session):
     """Test the laws on the forks of transformers and sentence-transformers, without hooks."""
-    install(session, "tests", extras="[embed]")
-    session.run("python", "-m", "ci.forks", "sync", *NATIVE)
-    scratch = Path(session.create_tmp())
-    for library in NATIVE:
-        copy = scratch / library  # A build in the tree would leave its traces there.
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(f"forks/{library}/tree", copy, ignore=shutil.ignore_patterns(".git"))
-        # The fork has the same version as the installed release.
-        session.install("--force-reinstall", "--no-deps", "--no-build-isolation", f"{copy}")
-    stack = {"VERTICAL_CHUNKING_STACK": "forks"}
-    session.run(*PYTEST, *(session.posargs or LAWS), env=OFFLINE | INTERPRET | stack)
+    sessions.test_forks(session)
 
 
 @nox.session(name="test-upstream", default=False)
@@ -156,25 +84,7 @@ def test_upstream(session):
 @nox.session(name="test-hub-kernels", default=False)
 def test_hub_kernels(session):
     """Test the hub kernels, built from the forks: under transformers' models, and compiled."""
-    install(session, "hub", pins="ci/constraints-hub.txt")
-    session.run("python", "-m", "ci.forks", "propagate")
-    tests = session.posargs or ["tests/hub", "tests/ci/test_hub_kernels.py"]
-    session.run(*PYTEST, *tests, env=OFFLINE | INTERPRET)
-    if session.posargs:
-        return
-    for kernel in TREES:
-        # These are the kernel's own tests, which find it as they do in kernels-community.
-        folder = Path("forks/kernels-community", kernel).absolute()
-        local = {"LOCAL_KERNELS": f"kernels-community/{kernel}={folder}/tree"}
-        own = ["-c", os.devnull, "--rootdir", f"{folder}", "-m", "kernels_ci"]
-        session.run("pytest", *own, f"{folder}/tests", env=OFFLINE | local)
-        if shutil.which("nvcc"):
-            options = ["--arch", "sm_80", "sm_90"]
-            if kernel == "mamba-ssm":  # Its other sources are those of causal-conv1d.
-                options += ["--files", "selective*"]
-            session.run("python", "-m", "ci.kernels.registers", f"{folder}/tree", *options)
-        else:
-            session.warn("CUDA sources were not compiled: there is no nvcc on the PATH")
+    sessions.test_hub_kernels(session)
 
 
 @nox.session(name="test-matrix", default=False)
@@ -187,23 +97,7 @@ def test_matrix(session):
 @nox.session(name="test-newest", default=False, reuse_venv=False)
 def test_newest(session):
     """Say what the newest upstream releases break; to be run weekly; `-- --torch VERSION`."""
-    parser = argparse.ArgumentParser(prog="nox -s test-newest --", allow_abbrev=False)
-    parser.add_argument("--torch", metavar="VERSION", help="another than the one that is pinned")
-    options, arguments = parser.parse_known_args(session.posargs)
-    # This is the one pin. Without it pip installs the newest build for CUDA, gigabytes that nothing
-    # here uses, and most machines have the pinned one already.
-    pinned = re.search("^torch==(.+)$", Path("ci/constraints.txt").read_text(), re.MULTILINE)[1]
-    project = nox.project.load_toml("pyproject.toml")
-    # By name alone, as pyproject.toml may claim less than what PyPI has.
-    wanted = [
-        *project["project"]["dependencies"],
-        *project["project"]["optional-dependencies"]["embed"],
-        *nox.project.dependency_groups(project, "tests"),
-    ]
-    names = sorted({Requirement(line).name for line in wanted} - {"torch"})
-    session.install("--upgrade", f"torch=={options.torch or pinned}", *names)
-    session.install("--no-deps", "-e", ".")
-    session.run("python", "-m", "ci.tables.newest", *arguments, env=OFFLINE | INTERPRET)
+    sessions.test_newest(session)
 
 
 @nox.session(default=False)
