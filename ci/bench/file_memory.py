@@ -138,6 +138,9 @@ def plot(rows: list[Row], path: Path) -> None:
             axes.annotate(f"{y:,.0f}", (x, y), xytext=(4, 7), textcoords="offset points")
     axes.set_title("Memory of the whole process for one file, above that of the loaded model")
     axes.set(xscale="log", yscale="log", xlabel="size of the file, MB", ylabel="peak memory, MB")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,.0f}")
+    axes.margins(0.1)
     axes.legend(frameon=False)
     axes.grid(color="0.9")
     figure.savefig(path, dpi=150)

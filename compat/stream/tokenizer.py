@@ -81,7 +81,7 @@ class StreamingTokenizer:
         """Make the ids of one text.
 
         Args:
-            pieces: The text, in pieces of any lengths.
+            pieces: The text, in pieces of any lengths, or as one str.
             add_special_tokens: Whether to add those that stand before and after a text.
             max_length: The most tokens to make, special ones counted; what is behind them is cut
                 off, and not read. None for all.
@@ -229,7 +229,7 @@ def _backend(tokenizer: Any) -> Tokenizer:
 
 def _cut(pieces: Iterable[str], size: int) -> Iterator[str]:
     """Cut a text into pieces of at most `size` characters."""
-    for piece in pieces:
+    for piece in [pieces] if isinstance(pieces, str) else pieces:
         if len(piece) <= size:
             yield piece
         else:

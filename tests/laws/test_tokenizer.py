@@ -275,6 +275,12 @@ def test_a_window_has_a_character():
         StreamingTokenizer(of_kind("gpt2"), 0)
 
 
+def test_one_str_is_a_text_too():
+    tokenizer = of_kind("bert")
+    parts = StreamingTokenizer(tokenizer, 50)(TEXT)
+    assert [i for part in parts for i in part] == tokenizer.encode(TEXT).ids
+
+
 def test_a_text_without_a_character():
     tokenizer = of_kind("bert")
     for pieces in ([], [""], ["", ""]):
