@@ -1,4 +1,4 @@
-"""Report what is installed, where chunking is native or patched, and what models run on.
+"""The report of `status()`: libraries, where chunking is native or patched, what models run on.
 
 To find out what a type of model runs on, its mixers are run, so that part waits until it is read.
 """

@@ -55,7 +55,7 @@ def elsewhere(function):
 
 @contextmanager
 def another_holder():
-    """Hold the hooks in another thread's `with` block; calling what is yielded ends it."""
+    """Hold a `with vertical_chunking()` block in another thread; calling the result ends it."""
     entered, leave = threading.Event(), threading.Event()
 
     def hold():

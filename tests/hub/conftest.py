@@ -1,4 +1,4 @@
-"""Skip these tests unless `kernels` and a fitting transformers are there: `test-hub-kernels`."""
+"""Skip these tests unless `kernels` and its transformers are there: `nox -s test-hub-kernels`."""
 
 from importlib.metadata import packages_distributions
 

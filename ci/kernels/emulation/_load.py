@@ -172,7 +172,7 @@ def load_package(
 
     Args:
         folder: the package's folder, as `…/causal_conv1d`.
-        extensions: the compiled modules that it imports, by name.
+        extensions: the compiled modules that `import name` in it finds, by name.
         submodules: the modules to load, in an order that fits their imports.
         change: maps a module's source to what is run instead.
 
