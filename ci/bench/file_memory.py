@@ -41,7 +41,7 @@ class Row:
 def load() -> Any:
     """The default model, which has read a short text in chunks, and the command's libraries."""
     import compat
-    from compat import _embed  # noqa: F401 (not to be measured)
+    from compat.jobs import embed as _embed  # noqa: F401 (not to be measured)
     from compat.jobs.loading import load_model
 
     model = load_model(None, "auto", "cpu")
