@@ -34,7 +34,7 @@ from compat.__main__ import app
 from compat.default_model import WEIGHTS_LABEL, load_default_model
 from compat.jobs import documents as _documents
 from compat.jobs import embed as _embed
-from compat.jobs import loading
+from compat.jobs import fingerprint, journal, loading
 
 ROOT = Path(compat.__file__).parents[1]
 
@@ -179,7 +179,7 @@ def test_documents_get_their_prompt_and_num_tokens_is_of_the_text_itself(model, 
 def test_dtype_is_the_models_and_rows_stay_float32(model, dtype):
     names = write_texts(40, 20)
     embed(*names, "--model", model, "--dtype", dtype)
-    settings = json.loads(pq.read_schema("out.parquet").metadata[_embed.SETTINGS_KEY])
+    settings = json.loads(pq.read_schema("out.parquet").metadata[journal.SETTINGS_KEY])
     assert settings["dtype"] == dtype
     got = np.array([row["embedding"] for row in rows()])
     distance = cosine_distance(got, plain(model, [Path(name).read_text() for name in names]))
@@ -398,8 +398,8 @@ def test_sigkill_loses_no_finished_row(model, embedded):
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not Path("out.parquet").exists()
-    journal, _ = _embed._read_journal(Path("out.parquet.partial"))
-    assert journal["id"].to_pylist() == names[:4]
+    kept, _ = journal.read_journal(Path("out.parquet.partial"))
+    assert kept["id"].to_pylist() == names[:4]
     result = embed(*args)
     assert embedded == names[4:]
     assert "1 documents, 15 tokens" in result.stdout
@@ -443,17 +443,17 @@ def test_ctrl_c_loses_no_finished_row(model, embedded, monkeypatch, sync):
 
 def test_an_interruption_between_output_and_journal_does_no_harm(model, embedded, monkeypatch):
     names = write_texts(20, 12)
-    original = _embed._merge
+    original = _embed.merge
 
     def interrupted(*args):
         original(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_embed, "_merge", interrupted)
+    monkeypatch.setattr(_embed, "merge", interrupted)
     embed(*names, "--model", model, status=130)
     before = rows()
     assert Path("out.parquet.partial").exists()
-    monkeypatch.setattr(_embed, "_merge", original)
+    monkeypatch.setattr(_embed, "merge", original)
     del embedded[:]
     embed(*names, "--model", model)
     assert embedded == []
@@ -464,21 +464,21 @@ def test_a_journal_torn_anywhere_keeps_its_whole_batches_and_goes_on(monkeypatch
     monkeypatch.setattr(os, "fsync", lambda file: None)  # This saves time.
     path, settings = Path("journal"), {"model": "m"}
     batches = [
-        [_embed.Row(f"{n}-{i}", 1, np.full(3, n + i), "") for i in range(2)] for n in range(3)
+        [journal.Row(f"{n}-{i}", 1, np.full(3, n + i), "") for i in range(2)] for n in range(3)
     ]
     ends = []
     with path.open("ab") as file:
         for batch in batches[:2]:
-            _embed._append(file, batch, settings)
+            journal.append(file, batch, settings)
             ends.append(file.tell())
     whole = path.read_bytes()
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         kept = sum(end <= cut for end in ends)
         with path.open("ab") as file:
-            _embed._drop_torn_batch(path, file)
-            _embed._append(file, batches[2], settings)
-        table, end = _embed._read_journal(path)
+            journal.drop_torn_batch(path, file)
+            journal.append(file, batches[2], settings)
+        table, end = journal.read_journal(path)
         expected = [row for batch in [*batches[:kept], batches[2]] for row in batch]
         assert table["id"].to_pylist() == [row.id for row in expected], cut
         assert table["embedding"].to_pylist() == [row.embedding.tolist() for row in expected]
@@ -510,14 +510,14 @@ def test_other_settings_than_the_rows_have_are_an_error(
     link.symlink_to(model)
     path = Path("out.parquet" if finished else "out.parquet.partial")
     if not finished:
-        monkeypatch.setattr(_embed, "_merge", interrupt)
+        monkeypatch.setattr(_embed, "merge", interrupt)
     embed(*names, "--model", link, "--batch-size", 1, status=0 if finished else 130)
     before = path.read_bytes()
     if changed == "model":
         args = ["--model", other_model]
     elif changed == "weights":
-        fingerprint = _embed._fingerprint
-        monkeypatch.setattr(_embed, "_fingerprint", lambda model: fingerprint(model)[::-1])
+        original = fingerprint.fingerprint
+        monkeypatch.setattr(fingerprint, "fingerprint", lambda model: original(model)[::-1])
         args = ["--model", link]
     else:
         args = ["--model", link, "--dtype", "bfloat16"]
@@ -530,23 +530,23 @@ def test_other_settings_than_the_rows_have_are_an_error(
 
 
 def test_the_fingerprint_tells_models_apart_and_is_stable(model, other_model):
-    def fingerprint(path, **attributes):
+    def of(path, **attributes):
         loaded = SentenceTransformer(path, device="cpu")
         for name, value in attributes.items():
             setattr(loaded, name, value)
-        return _embed._fingerprint(loaded)
+        return fingerprint.fingerprint(loaded)
 
     mean = SentenceTransformer(model, device="cpu")
     mean[1].pooling_mode = "mean"
     changed = [
-        fingerprint(other_model),
-        fingerprint(model, prompts={"query": "q: ", "document": ""}),
-        _embed._fingerprint(mean),
+        of(other_model),
+        of(model, prompts={"query": "q: ", "document": ""}),
+        fingerprint.fingerprint(mean),
     ]
-    assert fingerprint(model) == fingerprint(model)
-    assert len({fingerprint(model), *changed}) == 4
+    assert of(model) == of(model)
+    assert len({of(model), *changed}) == 4
     # If no text is cut, the limit has no effect; if texts are cut, the settings contain it.
-    assert fingerprint(model, max_seq_length=9) == fingerprint(model)
+    assert of(model, max_seq_length=9) == of(model)
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.parquet.partial"])
@@ -913,7 +913,7 @@ def test_a_fault_of_our_own_is_one_line_unless_the_traceback_is_asked_for(
     owner, attribute, original = {
         "text": (SentenceTransformer, "encode_document", SentenceTransformer.encode_document),
         "input": (_documents, "_read_text", _documents._read_text),
-        "command": (_embed, "_merge", _embed._merge),
+        "command": (_embed, "merge", _embed.merge),
     }[place]
 
     def fail(*args, **kwargs):

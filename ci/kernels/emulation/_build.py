@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-BUILD = HERE.parents[1] / "build" / "emulation"
+BUILD = HERE.parents[2] / "build" / "emulation"
 
 # The headers that CUDA sources include, and the one of ours that stands in for each.
 HEADERS = {

@@ -1,0 +1,191 @@
+"""The journal of finished rows beside the output, and the output that becomes of both."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from compat.errors import VerticalChunkingError
+
+# The settings stand under this key of the metadata: a file without it is somebody else's.
+SETTINGS_KEY = b"vertical_chunking"
+# The first bytes of an Arrow IPC stream.
+STREAM_START = b"\xff\xff\xff\xff"
+
+
+class Row(NamedTuple):
+    """A row of the output: what its columns are called and hold."""
+
+    id: str
+    num_tokens: int
+    embedding: np.ndarray[Any, Any]
+    sha256: str
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[BinaryIO]:
+    """The journal, opened for appending and locked; an empty one is deleted in the end."""
+    with path.open("ab") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise VerticalChunkingError(
+                    f"another command that is writing {path}",
+                    "an output for this one alone",
+                    "wait for the other one, or give another --output",
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+        try:
+            yield file
+        finally:
+            if file.seek(0, os.SEEK_END) == 0:
+                path.unlink()
+
+
+def append(journal: BinaryIO, rows: Sequence[Row], settings: dict[str, str]) -> None:
+    """Write the rows as one record batch, so that they outlive this process and the machine."""
+    vectors = np.stack([row.embedding for row in rows]).astype(np.float32)
+    kind = pa.list_(pa.float32(), vectors.shape[1])
+    batch = pa.record_batch(
+        {
+            "id": pa.array([row.id for row in rows], pa.string()),
+            "num_tokens": pa.array([row.num_tokens for row in rows], pa.int64()),
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), type=kind),
+            "sha256": pa.array([row.sha256 for row in rows], pa.string()),
+        },
+        metadata={SETTINGS_KEY: json.dumps(settings)},
+    )
+    if journal.tell() == 0:
+        journal.write(batch.schema.serialize())
+    journal.write(batch.serialize())
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def read_journal(path: Path) -> tuple[pa.Table | None, int]:
+    """The rows of all whole batches, and where the last of them ends in bytes.
+
+    The rows lie in the mapped file, not in memory. Without a whole schema there is no table.
+
+    Raises:
+        VerticalChunkingError: This is not even the beginning of a journal.
+    """
+    batches: list[pa.RecordBatch] = []
+    source = pa.memory_map(str(path))
+    try:
+        reader = pa.ipc.open_stream(source)
+    except (pa.ArrowInvalid, OSError) as error:
+        source.seek(0)
+        if not STREAM_START.startswith(source.read(4)):
+            raise foreign(path) from error
+        return None, 0
+    end = source.tell()
+    try:
+        for batch in reader:
+            batch.validate(full=True)
+            batches.append(batch)
+            end = source.tell()
+    except (pa.ArrowInvalid, OSError):
+        pass  # the batch that was being written when the process was killed
+    return pa.Table.from_batches(batches, reader.schema), end
+
+
+def read_output(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read an output, or some columns of it; a file that is none raises that it is foreign."""
+    try:
+        # Not read_table, which would take a folder named a=b for a column.
+        with pq.ParquetFile(path) as file:
+            return file.read(columns)
+    except pa.ArrowException as error:
+        raise foreign(path) from error
+
+
+def finished(output: Path, path: Path, settings: dict[str, str]) -> dict[str, str]:
+    """The sha256 of every finished row's text, by id.
+
+    Raises:
+        VerticalChunkingError: One of the files was made with other settings, or by somebody else.
+    """
+    tables = []
+    if output.exists():
+        tables.append((output, read_output(output, ["id", "sha256"])))
+    rows, _ = read_journal(path)
+    if rows is not None:
+        tables.append((path, rows))
+    for file, table in tables:
+        metadata = table.schema.metadata or {}
+        if SETTINGS_KEY not in metadata:
+            raise foreign(file)
+        found = json.loads(metadata[SETTINGS_KEY])
+        if differing := [key for key in settings if found.get(key) != settings[key]]:
+            raise VerticalChunkingError(
+                f"{file} with " + ", ".join(f"{key} {found.get(key)}" for key in differing),
+                ", ".join(f"{key} {settings[key]}" for key in differing),
+                f"give another --output, or delete {file}",
+            )
+    return {
+        name: digest
+        for _, table in tables
+        for name, digest in zip(table["id"].to_pylist(), table["sha256"].to_pylist(), strict=True)
+    }
+
+
+def drop_torn_batch(path: Path, journal: BinaryIO) -> None:
+    """Cut off what was being written when the process was killed."""
+    _, end = read_journal(path)
+    journal.truncate(end)
+    journal.seek(end)
+
+
+def foreign(path: Path) -> VerticalChunkingError:
+    """Make the error for a file that the command did not write."""
+    return VerticalChunkingError(
+        f"{path}, which this command did not write",
+        "a file that it wrote, or none",
+        "give another --output, or move that file away",
+    )
+
+
+def merge(output: Path, path: Path, order: Iterable[str]) -> int:
+    """Make the rows of output and journal the output, the newest row of each id.
+
+    Args:
+        output: The Parquet file, if there is one already.
+        path: The journal.
+        order: Ids in the order of the inputs; rows with other ids come after them.
+
+    Returns:
+        The number of rows.
+    """
+    tables = [read_output(output)] if output.exists() else []
+    rows, _ = read_journal(path)
+    if rows is not None:
+        tables.append(rows)
+    if not tables:
+        return 0
+    table = pa.concat_tables(tables)
+    newest = {name: row for row, name in enumerate(table["id"].to_pylist())}
+    indices = [newest[name] for name in dict.fromkeys([*order, *newest]) if name in newest]
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table.take(pa.array(indices, pa.int64())), file)
+            os.fsync(file.fileno())
+        temporary.replace(output)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return len(indices)
