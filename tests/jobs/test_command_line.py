@@ -862,7 +862,7 @@ def test_no_memory_at_all(model, monkeypatch, error, place):
     elif place == "word":
         monkeypatch.setattr(SentenceTransformer, "encode_document", fail)
     else:
-        monkeypatch.setattr(_embed, "_fingerprint", fail)
+        monkeypatch.setattr(fingerprint, "fingerprint", fail)
     line = refusal(*names, "--model", model)
     assert "Found: too little memory." in line
     assert "--vertical-chunk-size" in line
