@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from ci import roadmap
+from ci.forks._pages import index, parked
 from ci.forks._release import (
     ROOT,
     Fork,
@@ -17,6 +20,7 @@ from ci.forks._release import (
     stock,
     unpacked,
 )
+from ci.forks._requests import check_requests, with_parked
 from ci.forks._tree import (
     SYNCED,
     build,
@@ -138,14 +142,21 @@ def _export(fork: Fork) -> bool:
     return changed
 
 
-def check(library: str, root: Path = ROOT) -> list[str]:
-    """All that is wrong with a fork as it is committed; empty if it is right."""
+def check(library: str, root: Path = ROOT, *, quick: bool = False, only: str = "") -> list[str]:
+    """All that is wrong with a fork as it is committed; empty if it is right.
+
+    Args:
+        library: Name of the fork.
+        root: The repository.
+        quick: Run no tests and no reproductions.
+        only: The one request to look at, by name.
+    """
     fork = Fork.read(library, root)
     with locked(fork):
-        return _check(fork)
+        return _check(fork, quick, only)
 
 
-def _check(fork: Fork) -> list[str]:
+def _check(fork: Fork, quick: bool, only: str) -> list[str]:
     library, problems = fork.library, []
     if not (fork.folder / "PULL_REQUEST.md").is_file():
         problems.append(f"{library}: no {fork.folder / 'PULL_REQUEST.md'}.")
@@ -158,7 +169,8 @@ def _check(fork: Fork) -> list[str]:
             return [*problems, str(error)]
         overlays = set(fork.overlays.values())
         for name, commit in zip(patches, commits(tree), strict=False):
-            faults = _message_faults(git(tree, "log", "-1", "--format=%B", commit))
+            message = git(tree, "log", "-1", "--format=%B", commit)
+            faults = [] if fork.requests.is_dir() else _message_faults(message)
             files = git(tree, "diff", "--name-only", f"{commit}~", commit).splitlines()
             faults += [
                 f"{path} is an overlay; change the file that it is made from"
@@ -172,6 +184,9 @@ def _check(fork: Fork) -> list[str]:
                 f"{library}: {fork.tree} stands on other files than fork.toml says now "
                 f"({', '.join(paths[:5])}); run sync."
             )
+        if fork.requests.is_dir() and not problems:
+            found_faults = check_requests(fork, tree, quick=quick, only=only)
+            problems += [f"{library}: {fault}." for fault in found_faults]
     problems += [
         f"{library}: {name} is not what export writes; run sync, then export."
         for name in sorted(wanted.keys() | found.keys())
@@ -192,18 +207,48 @@ def _message_faults(message: str) -> list[str]:
     ]
 
 
+def write_index(library: str, root: Path = ROOT) -> bool:
+    """Write the list of requests into PULL_REQUEST.md, and return whether it changed."""
+    fork = Fork.read(library, root)
+    if not fork.requests.is_dir():
+        return False
+    path, text = fork.folder / "PULL_REQUEST.md", index(fork)
+    changed = path.read_text() != text
+    path.write_text(text)
+    return changed
+
+
 def status(names: list[str], root: Path = ROOT) -> str:
-    """A table: each item of the roadmap, and where the upstream library stands."""
+    """A table: each item of the roadmap, and where the upstream library stands.
+
+    It is native, patched by the series, parked beside it, or missing.
+    """
     rows = [("roadmap item", "upstream", "state")]
     for library in names:
         upstream = f"{library} {Fork.read(library, root).version}"
         native, mended = stock(library, root), patched(library, root)
-        for item in roadmap.ITEMS:
-            if item.library == library:
-                state = "patched" if item.probe(mended) else "missing"
-                rows.append((item.title, upstream, "native" if item.probe(native) else state))
+        with _parked(library, mended, root) as beside:
+            trees = {"native": native, "patched": mended} | beside
+            for item in roadmap.ITEMS:
+                if item.library == library:
+                    states = (state for state, tree in trees.items() if item.probe(tree))
+                    rows.append((item.title, upstream, next(states, "missing")))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+@contextmanager
+def _parked(library: str, mended: Path, root: Path) -> Iterator[dict[str, Path]]:
+    """The patched sources with what is parked on top, if anything is."""
+    fork = Fork.read(library, root)
+    if not parked(fork):
+        yield {}
+        return
+    with scratch(fork) as folder:
+        tree = Path(folder, "tree")
+        git(mended, "clone", "-q", "--shared", ".", str(tree))
+        with_parked(fork, tree)
+        yield {"parked": tree}

@@ -91,6 +91,11 @@ class Fork:
         return self.root / "patches" / self.library
 
     @property
+    def requests(self) -> Path:
+        """The pages of the pull requests that could be sent."""
+        return self.folder / "pull_requests"
+
+    @property
     def sdist(self) -> Path:
         """The release."""
         return self.folder / f"{self.name.replace('-', '_')}-{self.version}.tar.gz"

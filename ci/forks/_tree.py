@@ -88,26 +88,26 @@ def close_overlays(fork: Fork, tree: Path) -> None:
 
 def misfits(tree: Path, patch: bytes) -> tuple[list[str], list[str]]:
     """The hunks that fit at other lines than they name, and what does not fit at all."""
-    dry = _run_git(tree, "apply", "--check", "--verbose", "--whitespace=nowarn", stdin=patch)
+    dry = run_git(tree, "apply", "--check", "--verbose", "--whitespace=nowarn", stdin=patch)
     return _faults(patch.decode(errors="replace"), dry.stderr.decode(errors="replace"))
 
 
 def apply(tree: Path, patch: bytes) -> list[str]:
     """Make a patch a commit; what git says if it cannot."""
-    run = _run_git(tree, "am", "-q", *AM, stdin=patch)
+    run = run_git(tree, "am", "-q", *AM, stdin=patch)
     return [run.stderr.decode(errors="replace").strip()] if run.returncode else []
 
 
 def already(tree: Path, patch: bytes) -> bool:
     """Whether the tree has what a patch brings, so that it can be taken back."""
-    return not _run_git(tree, "apply", "--check", "--reverse", stdin=patch).returncode
+    return not run_git(tree, "apply", "--check", "--reverse", stdin=patch).returncode
 
 
 def contained(tree: Path, patches: dict[str, bytes]) -> bool:
     """Whether the tree has all that a series brings, so that it can be taken back from the end."""
     try:
         return all(
-            not _run_git(tree, "apply", "--index", "--reverse", stdin=patch).returncode
+            not run_git(tree, "apply", "--index", "--reverse", stdin=patch).returncode
             for patch in reversed(patches.values())
         )
     finally:
@@ -195,13 +195,14 @@ def unexported(fork: Fork) -> str:
 
 def git(tree: Path, *arguments: str) -> str:
     """What a git command prints; a ForkError if it fails."""
-    run = _run_git(tree, *arguments)
+    run = run_git(tree, *arguments)
     if run.returncode:
         raise ForkError(f"{tree}: git {' '.join(arguments)}: {run.stderr.decode().strip()}")
     return run.stdout.decode()
 
 
-def _run_git(tree: Path, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def run_git(tree: Path, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run git there, with nobody's settings, whether it succeeds or not."""
     outer = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     return subprocess.run(
         ["git", "-c", "gc.auto=0", "-c", "commit.gpgSign=false", *arguments],
