@@ -153,10 +153,18 @@ def check(library: str, root: Path = ROOT, *, quick: bool = False, only: str = "
     """
     fork = Fork.read(library, root)
     with locked(fork):
-        return _check(fork, quick, only)
+        problems = _check(fork)
+    if problems or not fork.requests.is_dir():
+        return problems
+    # Without the lock: tests take minutes, and ask for the fork themselves.
+    with scratch(fork) as folder:
+        tree = Path(folder, "tree")
+        build(fork, listed(fork), tree)
+        found = check_requests(fork, tree, quick=quick, only=only)
+    return [f"{library}: {fault}." for fault in found]
 
 
-def _check(fork: Fork, quick: bool, only: str) -> list[str]:
+def _check(fork: Fork) -> list[str]:
     library, problems = fork.library, []
     if not (fork.folder / "PULL_REQUEST.md").is_file():
         problems.append(f"{library}: no {fork.folder / 'PULL_REQUEST.md'}.")
@@ -184,9 +192,6 @@ def _check(fork: Fork, quick: bool, only: str) -> list[str]:
                 f"{library}: {fork.tree} stands on other files than fork.toml says now "
                 f"({', '.join(paths[:5])}); run sync."
             )
-        if fork.requests.is_dir() and not problems:
-            found_faults = check_requests(fork, tree, quick=quick, only=only)
-            problems += [f"{library}: {fault}." for fault in found_faults]
     problems += [
         f"{library}: {name} is not what export writes; run sync, then export."
         for name in sorted(wanted.keys() | found.keys())

@@ -12,8 +12,9 @@ from ci.forks._release import Fork, ForkError
 
 FENCE = "+++\n"
 SECTIONS = ["Body", "Issue", "Reproduction", "On a GPU", "Before it is sent"]
-# `waits`: for an answer to its issue, or for a request that it needs.
-STATES = ["ready", "waits", "sent", "merged"]
+# `draft`: it is not to be sent yet, and its page says why; it is applied, and not run. `waits`: for
+# an answer to its issue, or for a request that it needs.
+STATES = ["draft", "ready", "waits", "sent", "merged"]
 BODY_LINES, REPRODUCTION_LINES, TITLE_LENGTH, PATCHES = 40, 15, 72, 2
 BEGIN, END = "<!-- requests -->", "<!-- /requests -->"
 # What the sender does, whatever the request is: each is a word of the last section.

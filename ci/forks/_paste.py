@@ -13,6 +13,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from ci.behaviour import PACKAGES
 from ci.forks._release import ROOT
@@ -34,9 +36,9 @@ def paste(library: str, code: str, tree: Path, *, sanitize: bool = False) -> str
     Returns:
         Its output; if it ends with an error, the last line of that too.
     """
-    path = [tree / PACKAGES[library]] if library in PACKAGES else []
+    path = [tree / PACKAGES.get(library, "."), ROOT, os.environ.get("PYTHONPATH", "")]
     environment = {
-        "PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT, os.environ.get("PYTHONPATH", "")])),
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
         "PYTHONWARNINGS": "ignore",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -63,32 +65,55 @@ def paste(library: str, code: str, tree: Path, *, sanitize: bool = False) -> str
     return run.stdout + ended
 
 
-def _prepare(library: str, tree: Path, sanitize: bool) -> None:
-    """Put the library of a tree where an import finds it."""
-    import torch
-
-    torch.set_num_threads(1)
-    if library not in ("causal-conv1d", "mamba-ssm"):
-        return
+def _causal_conv1d(tree: Path, sanitize: bool) -> dict[str, Any]:
+    """The modules of causal-conv1d, with its kernels emulated."""
     from ci import emulation
 
     types = [("float", "float")] if sanitize else emulation.TYPES
-    if library == "causal-conv1d":
-        conv = emulation.causal_conv1d(tree, sanitize=sanitize, types=types)
-        package = type(sys)("causal_conv1d")
-        vars(package).update(vars(conv))
-        sys.modules["causal_conv1d"] = package
-        sys.modules |= {f"causal_conv1d.{name}": part for name, part in conv.modules.items()}
+    conv = emulation.causal_conv1d(tree, sanitize=sanitize, types=types)
+    modules = {f"causal_conv1d.{name}": part for name, part in conv.modules.items()}
+    return {"causal_conv1d": conv} | modules
+
+
+def _selective_scan(tree: Path) -> dict[str, Any]:
+    """The modules of Mamba-1, with its kernels for rows of up to 128 tokens emulated."""
+    from ci.emulation import selective_scan
+
+    types = [("float", "float"), ("float", "complex_t")]
+    scan = selective_scan.selective_scan(tree, types=types, sizes=[(32, 4)])
+    packages = ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.modules")
+    modules = {"ops.selective_scan_interface": scan, "modules.mamba_simple": scan.mamba_simple}
+    named = {f"mamba_ssm.{name}": module for name, module in modules.items()}
+    return {name: ModuleType(name) for name in packages} | named
+
+
+def _mamba2(tree: Path) -> dict[str, Any]:
+    """The modules of Mamba-2 in Triton's interpreter, with the convolution in plain torch."""
+    from ci import interpreter
+    from ci.emulation import selective_scan
+
+    modules = ("modules.mamba2", "utils.generation")
+    scan = selective_scan.when_used(tree)  # By the references.
+    ops = interpreter.mamba_ssm(tree, modules=modules, selective_scan_cuda=scan)
+    found: dict[str, Any] = ops.imported
+    return found
 
 
 def main() -> None:
     """Run the code on stdin."""
+    import torch
+
     library, tree, *options = sys.argv[1:]
     code = sys.stdin.read()
+    torch.set_num_threads(1)
+    if library == "causal-conv1d":
+        sys.modules |= _causal_conv1d(Path(tree), "--sanitize" in options)
+    elif library == "mamba-ssm":
+        of_mamba1 = "selective_scan" in code or "mamba_simple" in code
+        sys.modules |= (_selective_scan if of_mamba1 else _mamba2)(Path(tree))
     if library in ("causal-conv1d", "mamba-ssm"):
         for on_a_gpu, here in _ON_A_CPU.items():
             code = code.replace(on_a_gpu, here)
-    _prepare(library, Path(tree), "--sanitize" in options)
     exec(compile(code, "reproduction", "exec"), {"__name__": "__main__"})
 
 

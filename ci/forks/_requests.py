@@ -22,13 +22,16 @@ def check_requests(fork: Fork, tree: Path, *, quick: bool = False, only: str = "
         quick: Run no test and no reproduction.
         only: The name of the one request to look at.
     """
-    requests, made = pages(fork), commits_by_name(fork, tree)
+    try:
+        requests, made = pages(fork), commits_by_name(fork, tree)
+    except ForkError as error:
+        return [str(error)]
     faults = [] if only else _as_a_whole(fork, requests, tree)
-    if faults:
-        return faults
     for request in [page(fork, only)] if only else requests:
         print(f"{fork.library}: {request.name}", file=sys.stderr, flush=True)
         found = request.faults()
+        if not made.keys() >= set(request.patches):
+            found.append("it names patches that are not in the series")
         for name in request.patches if not found else []:
             commit = made[name]
             found += message_faults(git(tree, "log", "-1", "--format=%B", commit))
@@ -36,7 +39,8 @@ def check_requests(fork: Fork, tree: Path, *, quick: bool = False, only: str = "
         if not found:
             try:
                 before, after = stacked(tree, made, requests, request)
-                found += [] if quick else held(fork, tree, request, before, after)
+                if not quick and request.state != "draft":
+                    found += held(fork, tree, request, before, after)
             except ForkError as error:
                 found.append(str(error))
         faults += [f"{request.path.name}: {fault}" for fault in found]
