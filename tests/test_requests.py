@@ -191,6 +191,22 @@ def test_a_test_fails_without_its_request_and_passes_with_it(root, tree):
     assert "test_gone is called a control, and is no test" in problems(root, only="say-twenty")
 
 
+def test_what_a_test_asks_of_the_fork_is_not_locked(root, tree):
+    """A file of this repository that runs tests asks for the release, while check holds them."""
+    fork_toml = root / "forks" / "tiny" / "fork.toml"
+    runner = root / "tests" / "run_tiny.py"
+    runner.parent.mkdir()
+    runner.write_text(
+        "from ci import forks\n"
+        f"STOCK = forks.stock('tiny', type(forks.ROOT)({str(root)!r}))\n"
+        "TEXT = (forks.patched('tiny') / 'tiny' / 'core.py').read_text()\n\n\n"
+        "def test_patched_twenty():\n    assert '\"twenty\"' in TEXT\n"
+    )
+    run_by = '[run_by]\n"tests/test_twenty.py" = "tests/run_tiny.py"\n'
+    fork_toml.write_text(fork_toml.read_text() + run_by)
+    assert problems(root, only="say-twenty") == ""
+
+
 def test_a_request_brings_a_test(root, tree):
     (tree / "tests" / "test_twenty.py").unlink()
     amend(root, tree, {})
