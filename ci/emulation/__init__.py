@@ -40,7 +40,6 @@ and switch by `mutant(n)`. Objects are kept in build/emulation by a hash of all 
 from __future__ import annotations
 
 import importlib.util
-import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -143,12 +142,7 @@ def causal_conv1d(
             sorted(names, key=lambda name: (name != "cpp_functions", name)),  # imported by others
             lambda text: text.replace('"DaoAILab"', f'"{namespace}"'),
         )
-    version = re.search(
-        r'^__version__ = "(.*)"', (folder / "__init__.py").read_text(), re.MULTILINE
-    )
     public = SimpleNamespace(modules=modules, causal_conv1d_cuda=extension)
-    if version:
-        public.__version__ = version[1]
     for name, module in modules.items():
         if name == "causal_conv1d_varlen":
             module.causal_conv1d_varlen_states = _load.interpreted(  # type: ignore[attr-defined]
