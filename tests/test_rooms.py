@@ -109,17 +109,6 @@ def test_a_rooms_face_is_there(name):
 
 # A docstring that opens so has to be read twice.
 QUESTION = re.compile(r"(What|That|Whether|Why|How|Where|Which|While|The same)\b")
-# These still have some. A file that has none left must leave the set.
-NOT_YET = {
-    "ci/forks/_commands.py",
-    "ci/forks/_rebase.py",
-    "ci/forks/_release.py",
-    "ci/forks/_tests.py",
-    "ci/forks/_tree.py",
-    "ci/forks/behaviour.py",
-    "ci/forks/hub_kernels.py",
-    "ci/forks/relative_imports.py",
-}
 
 
 @pytest.mark.parametrize("path", users(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -128,7 +117,4 @@ def test_docstrings_open_with_a_verb_or_their_subject(path):
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
     texts = [ast.get_docstring(node) or "" for node in nodes]
     found = [text.partition("\n")[0] for text in texts if QUESTION.match(text)]
-    if path.relative_to(ROOT).as_posix() in NOT_YET:
-        assert found, "all of them are mended: take the file out of NOT_YET"
-    else:
-        assert not found
+    assert not found

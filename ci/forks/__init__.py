@@ -2,9 +2,13 @@
 
     python -m ci.forks sync   [LIBRARY…]   patches/LIBRARY -> forks/LIBRARY/tree
     python -m ci.forks export [LIBRARY…]   forks/LIBRARY/tree -> patches/LIBRARY
-    python -m ci.forks check  [LIBRARY…]   what must hold of the patches that are committed
+    python -m ci.forks check  [LIBRARY…] [--quick] [--only NAME]
+                                           what must hold of the patches and requests as committed
     python -m ci.forks status [LIBRARY…]   the roadmap: native, patched or missing
     python -m ci.forks rebase LIBRARY VERSION   is the series right on another release, or `newest`?
+    python -m ci.forks pages [LIBRARY…]    renew the list of requests in PULL_REQUEST.md
+    python -m ci.forks request LIBRARY NAME --onto CHECKOUT
+                                           a request as a branch in a clone of upstream
     python -m ci.forks propagate [KERNEL…] [--check]   patched forks -> hub kernels
 
 `forks/LIBRARY/fork.toml` pins the release, and names overlays: files of this repository that the
@@ -12,6 +16,11 @@ fork takes as its own. `forks/LIBRARY/stock` has the release's files, as they ar
 `forks/LIBRARY/tree` is a git repository: the release as tag `base`, the overlays as tag `overlay`,
 and on branch `main` one commit for each patch. Patches are written as commits there; sync and
 export are exact inverses.
+
+A *request* is a pull request that could be sent: one or two patches with a page of their own,
+`forks/LIBRARY/pull_requests/NN-NAME.md`. `check` applies each to the release with what it needs and
+nothing else, and runs its tests and its reproduction before and after; `--quick` leaves that out,
+`--only` looks at one. What no request has is parked in `patches/LIBRARY/parked`, with the reason.
 
 `rebase` applies what applies, in a temporary folder, and runs there the tests that the series
 brings: hunks that fit may use names that are gone. Its last line is the verdict: right (all
@@ -23,7 +32,8 @@ Where patches do not fit, as after a change of the pin: move patches/LIBRARY awa
 in the tree by `git am --keep`, mend there what does not fit, and export.
 """
 
-from ci.forks._commands import check, export, patched, sources, status, sync
+from ci.forks._alone import request
+from ci.forks._commands import check, export, patched, sources, status, sync, write_index
 from ci.forks._rebase import Rebased, rebase
 from ci.forks._release import ROOT, ForkError, libraries, stock
 from ci.forks.hub_kernels import kernels, propagate
@@ -39,8 +49,10 @@ __all__ = [
     "patched",
     "propagate",
     "rebase",
+    "request",
     "sources",
     "status",
     "stock",
     "sync",
+    "write_index",
 ]

@@ -1,12 +1,15 @@
-"""What is done with forks: build, export, check, and tell where the roadmap stands."""
+"""Build, export and check forks, and tell where the roadmap stands."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from ci.forks import roadmap
+from ci.forks._pages import index, parked
 from ci.forks._release import (
     ROOT,
     Fork,
@@ -17,6 +20,7 @@ from ci.forks._release import (
     stock,
     unpacked,
 )
+from ci.forks._requests import check_requests, with_parked
 from ci.forks._tree import (
     SYNCED,
     build,
@@ -73,7 +77,7 @@ def sync(library: str, root: Path = ROOT, *, force: bool = False) -> bool:
 
 
 def _sync(fork: Fork, *, force: bool = False) -> bool:
-    """What `sync` does, for a caller who has locked the fork."""
+    """Say what `sync` does, for a caller who has locked the fork."""
     _keep(fork, force)
     unpacked(fork)
     with scratch(fork) as folder:
@@ -138,11 +142,26 @@ def _export(fork: Fork) -> bool:
     return changed
 
 
-def check(library: str, root: Path = ROOT) -> list[str]:
-    """All that is wrong with a fork as it is committed; empty if it is right."""
+def check(library: str, root: Path = ROOT, *, quick: bool = False, only: str = "") -> list[str]:
+    """All that is wrong with a fork as it is committed; empty if it is right.
+
+    Args:
+        library: Name of the fork.
+        root: The repository.
+        quick: Run no tests and no reproductions.
+        only: The one request to look at, by name.
+    """
     fork = Fork.read(library, root)
     with locked(fork):
-        return _check(fork)
+        problems = _check(fork)
+    if problems or not fork.requests.is_dir():
+        return problems
+    # Without the lock: tests take minutes, and ask for the fork themselves.
+    with scratch(fork) as folder:
+        tree = Path(folder, "tree")
+        build(fork, listed(fork), tree)
+        found = check_requests(fork, tree, quick=quick, only=only)
+    return [f"{library}: {fault}." for fault in found]
 
 
 def _check(fork: Fork) -> list[str]:
@@ -158,7 +177,8 @@ def _check(fork: Fork) -> list[str]:
             return [*problems, str(error)]
         overlays = set(fork.overlays.values())
         for name, commit in zip(patches, commits(tree), strict=False):
-            faults = _message_faults(git(tree, "log", "-1", "--format=%B", commit))
+            message = git(tree, "log", "-1", "--format=%B", commit)
+            faults = [] if fork.requests.is_dir() else _message_faults(message)
             files = git(tree, "diff", "--name-only", f"{commit}~", commit).splitlines()
             faults += [
                 f"{path} is an overlay; change the file that it is made from"
@@ -183,7 +203,7 @@ def _check(fork: Fork) -> list[str]:
 
 
 def _message_faults(message: str) -> list[str]:
-    """Which parts of a commit message are missing or empty."""
+    """Return which parts of a commit message are missing or empty."""
     parts = re.split(rf"^({'|'.join(PARTS)}):", message, flags=re.MULTILINE)
     said = dict(zip(parts[1::2], parts[2::2], strict=True))
     faults = [f"the message has no `{part}:`" for part in PARTS if part not in said]
@@ -192,18 +212,48 @@ def _message_faults(message: str) -> list[str]:
     ]
 
 
+def write_index(library: str, root: Path = ROOT) -> bool:
+    """Write the list of requests into PULL_REQUEST.md, and return whether it changed."""
+    fork = Fork.read(library, root)
+    if not fork.requests.is_dir():
+        return False
+    path, text = fork.folder / "PULL_REQUEST.md", index(fork)
+    changed = path.read_text() != text
+    path.write_text(text)
+    return changed
+
+
 def status(names: list[str], root: Path = ROOT) -> str:
-    """A table: each item of the roadmap, and where the upstream library stands."""
+    """A table: each item of the roadmap, and where the upstream library stands.
+
+    It is native, patched by the series, parked beside it, or missing.
+    """
     rows = [("roadmap item", "upstream", "state")]
     for library in names:
         upstream = f"{library} {Fork.read(library, root).version}"
         native, mended = stock(library, root), patched(library, root)
-        for item in roadmap.ITEMS:
-            if item.library == library:
-                state = "patched" if item.probe(mended) else "missing"
-                rows.append((item.title, upstream, "native" if item.probe(native) else state))
+        with _parked(library, mended, root) as beside:
+            trees = {"native": native, "patched": mended} | beside
+            for item in roadmap.ITEMS:
+                if item.library == library:
+                    states = (state for state, tree in trees.items() if item.probe(tree))
+                    rows.append((item.title, upstream, next(states, "missing")))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+@contextmanager
+def _parked(library: str, mended: Path, root: Path) -> Iterator[dict[str, Path]]:
+    """The patched sources with what is parked on top, if anything is."""
+    fork = Fork.read(library, root)
+    if not parked(fork):
+        yield {}
+        return
+    with scratch(fork) as folder:
+        tree = Path(folder, "tree")
+        git(mended, "clone", "-q", "--shared", ".", str(tree))
+        with_parked(fork, tree)
+        yield {"parked": tree}

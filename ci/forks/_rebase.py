@@ -104,7 +104,7 @@ def _applied(fork: Fork, tree: Path) -> tuple[list[str], list[str], bool]:
 
 
 def _told(ran: list[Ran], tree: Path, applied: list[str]) -> list[str]:
-    """What to say of the tests: where they ran, and of each file its patches and what became."""
+    """Describe the tests: where they ran, and of each file its patches and its outcome."""
     if not ran:
         return ["tests not run: what applies of the series brings none"]
     brought: dict[str, list[str]] = {}

@@ -80,7 +80,7 @@ class Fork:
 
     @property
     def folder(self) -> Path:
-        """Where the fork is defined and built."""
+        """Return where the fork is defined and built."""
         return self.root / "forks" / self.library
 
     @property
@@ -94,6 +94,11 @@ class Fork:
         return self.root / "patches" / self.library
 
     @property
+    def requests(self) -> Path:
+        """The pages of the pull requests that could be sent."""
+        return self.folder / "pull_requests"
+
+    @property
     def sdist(self) -> Path:
         """The release."""
         return self.folder / f"{self.name.replace('-', '_')}-{self.version}.tar.gz"
@@ -105,7 +110,7 @@ def libraries(root: Path = ROOT) -> list[str]:
 
 
 class Place(Protocol):
-    """What has a folder in which it is defined and built."""
+    """A thing that has a folder in which it is defined and built."""
 
     @property
     def folder(self) -> Path:
@@ -143,7 +148,7 @@ def stock(library: str, root: Path = ROOT) -> Path:
 
 
 def unpacked(fork: Fork) -> Path:
-    """What `stock` returns, for a caller who has locked the fork."""
+    """Say what `stock` returns, for a caller who has locked the fork."""
     folder = fork.folder / "stock"
     with tarfile.open(fetched(fork)) as release:
         for member in release:

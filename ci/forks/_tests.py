@@ -48,7 +48,7 @@ class NoReportError(ForkError):
 
 @dataclass(frozen=True)
 class Case:
-    """What became of a test: passed, skipped or failed, and the line that says most of why."""
+    """The outcome of a test: passed, skipped or failed, and the line that says most of why."""
 
     outcome: str
     why: str = ""
@@ -56,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Ran:
-    """What became of files of tests.
+    """The outcomes of files of tests.
 
     Attributes:
         files: In the tree; several where one file of this repository runs them.
@@ -116,7 +116,7 @@ def laid_out(library: str, tests: list[Path], sources: Path, folder: Path) -> Pa
 def outcomes(
     library: str, files: list[str], tests: list[Path], sources: Path, options: list[str]
 ) -> dict[str, Case]:
-    """What became of each test of some files, run on the package in `sources`."""
+    """Say what became of each test of some files, run on the package in `sources`."""
     if not files:
         return {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -178,7 +178,7 @@ def read(report: Path) -> dict[str, Case]:
 
 
 def _why(element: ET.Element) -> str:
-    """Where and why a test was skipped or failed, in a line."""
+    """Return where and why a test was skipped or failed, in a line."""
     message, text = element.get("message") or "", (element.text or "").strip()
     if not message.startswith("collection "):
         # Of the traceback, which only `--tb=short` has here, the last place outside of a library.
@@ -193,7 +193,7 @@ def _why(element: ET.Element) -> str:
 
 
 def summary(found: dict[str, Case]) -> str:
-    """How many passed, were skipped and failed."""
+    """Return how many passed, were skipped and failed."""
     counts = Counter(case.outcome for case in found.values())
     return ", ".join(f"{counts[outcome]} {outcome}" for outcome in (PASSED, SKIPPED, FAILED))
 
@@ -210,6 +210,28 @@ def run_own(fork: Fork, tree: Path) -> list[Ran]:
         runners.setdefault(fork.run_by.get(file, ""), []).append(file)
     ran = _direct(fork, runners.pop("", []), tree)
     return ran + [_by(fork, runner, files, tree) for runner, files in runners.items()]
+
+
+def run_named(fork: Fork, tree: Path, files: list[str], names: list[str]) -> dict[str, Case]:
+    """Say what became of each case of some tests, in files of a tree; run as `run_own` does.
+
+    A file that cannot be run at all is a case too, which failed.
+    """
+    runners: dict[str, list[str]] = {}
+    for file in files:
+        runners.setdefault(fork.run_by.get(file, ""), []).append(file)
+    chosen = " or ".join(name.removeprefix("test_") for name in names)
+    found: dict[str, Case] = {}
+    for runner, own in runners.items():
+        try:
+            if runner:
+                found |= _run_by(fork, runner, tree, f"not test_stock and ({chosen})")
+            else:
+                options = ["--tb=short", "-k", chosen]
+                found |= outcomes(fork.library, own, [tree], tree, options)
+        except NoReportError as error:
+            found |= {f"{file}::": Case(FAILED, str(error)) for file in own}
+    return found
 
 
 def _direct(fork: Fork, files: list[str], tree: Path) -> list[Ran]:
@@ -253,19 +275,24 @@ def _import_error(fork: Fork, tree: Path) -> str:
 
 
 def _by(fork: Fork, runner: str, files: list[str], tree: Path) -> Ran:
-    """What a file of this repository says of the tests that it takes from the tree."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HUB_OFFLINE": "1", _LIBRARY: fork.library, _TREE: str(tree)}
-    options = ["--tb=short", "-p", __name__, "-k", "not test_stock", runner]
+    """Say what a file of this repository says of the tests that it takes from the tree."""
     try:
-        found = _pytest(fork.root, environment, options)
+        found = _run_by(fork, runner, tree, "not test_stock")
     except NoReportError as error:
         return Ran(files, "failed" if error.status < 0 else "not run", str(error), by=runner)
     # What it cannot prepare is not the fault of the patches.
     if unread := [case.why for name, case in found.items() if name.startswith("::")]:
         return Ran(files, "not run", unread[0], by=runner)
     return replace(_judged(fork, files, found), by=runner)
+
+
+def _run_by(fork: Fork, runner: str, tree: Path, chosen: str) -> dict[str, Case]:
+    """Run a file of this repository with the tree in the fork's place."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", _LIBRARY: fork.library, _TREE: str(tree)}
+    options = ["--tb=short", "-p", __name__, "-k", chosen, runner]
+    return _pytest(fork.root, environment, options)
 
 
 def _judged(fork: Fork, files: list[str], found: dict[str, Case]) -> Ran:

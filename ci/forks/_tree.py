@@ -104,26 +104,26 @@ def close_overlays(fork: Fork, tree: Path) -> None:
 
 def misfits(tree: Path, patch: bytes) -> tuple[list[str], list[str]]:
     """The hunks that fit at other lines than they name, and what does not fit at all."""
-    dry = _run_git(tree, "apply", "--check", "--verbose", "--whitespace=nowarn", stdin=patch)
+    dry = run_git(tree, "apply", "--check", "--verbose", "--whitespace=nowarn", stdin=patch)
     return _faults(patch.decode(errors="replace"), dry.stderr.decode(errors="replace"))
 
 
 def apply(tree: Path, patch: bytes) -> list[str]:
     """Make a patch a commit; what git says if it cannot."""
-    run = _run_git(tree, "am", "-q", *AM, stdin=patch)
+    run = run_git(tree, "am", "-q", *AM, stdin=patch)
     return [run.stderr.decode(errors="replace").strip()] if run.returncode else []
 
 
 def already(tree: Path, patch: bytes) -> bool:
-    """Whether the tree has what a patch brings, so that it can be taken back."""
-    return not _run_git(tree, "apply", "--check", "--reverse", stdin=patch).returncode
+    """Return whether the tree has what a patch brings, so that it can be taken back."""
+    return not run_git(tree, "apply", "--check", "--reverse", stdin=patch).returncode
 
 
 def contained(tree: Path, patches: dict[str, bytes]) -> bool:
-    """Whether the tree has all that a series brings, so that it can be taken back from the end."""
+    """Return whether the tree has all that a series brings, so that it can be taken back."""
     try:
         return all(
-            not _run_git(tree, "apply", "--index", "--reverse", stdin=patch).returncode
+            not run_git(tree, "apply", "--index", "--reverse", stdin=patch).returncode
             for patch in reversed(patches.values())
         )
     finally:
@@ -150,7 +150,7 @@ def committed(fork: Fork) -> dict[str, bytes]:
 
 
 def exported(tree: Path) -> dict[str, bytes]:
-    """What export writes: the patches by name, and `series`; nothing where there is no patch."""
+    """Return the files that export writes: the patches, and `series`; none where no patch is."""
     with tempfile.TemporaryDirectory() as scratch:
         git(tree, "format-patch", *FORMAT, "-o", scratch, f"{start(tree)}..main")
         patches = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
@@ -170,7 +170,7 @@ def commits(tree: Path) -> list[str]:
 
 
 def contents(tree: Path) -> tuple[str, dict[str, bytes]]:
-    """What makes a tree what it is: the files on which the patches stand, and the patches."""
+    """Say what makes a tree what it is: the files on which the patches stand, and the patches."""
     return git(tree, "rev-parse", f"{start(tree)}^{{tree}}"), exported(tree)
 
 
@@ -180,7 +180,7 @@ def files_below(tree: Path) -> set[str]:
 
 
 def uncommitted(fork: Fork) -> str:
-    """What of the tree is in no commit, in words; empty if nothing."""
+    """Say what of the tree is in no commit, in words; empty if nothing."""
     metadata = fork.tree / ".git"
     if not metadata.is_dir() or not git(fork.tree, "tag", "--list", "base"):
         raise ForkError(f"{fork.tree} is not what sync makes: no tag `base`. Move it away.")
@@ -193,7 +193,7 @@ def uncommitted(fork: Fork) -> str:
 
 
 def unexported(fork: Fork) -> str:
-    """What of the tree would be lost if it were built anew, in words; empty if nothing."""
+    """Say what of the tree would be lost if it were built anew, in words; empty if nothing."""
     if not fork.tree.exists():
         return ""
     if work := uncommitted(fork):
@@ -210,14 +210,15 @@ def unexported(fork: Fork) -> str:
 
 
 def git(tree: Path, *arguments: str) -> str:
-    """What a git command prints; a ForkError if it fails."""
-    run = _run_git(tree, *arguments)
+    """Say what a git command prints; a ForkError if it fails."""
+    run = run_git(tree, *arguments)
     if run.returncode:
         raise ForkError(f"{tree}: git {' '.join(arguments)}: {run.stderr.decode().strip()}")
     return run.stdout.decode()
 
 
-def _run_git(tree: Path, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def run_git(tree: Path, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run git there, with nobody's settings, whether it succeeds or not."""
     outer = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     return subprocess.run(
         ["git", "-c", "gc.auto=0", "-c", "commit.gpgSign=false", *arguments],
@@ -229,7 +230,7 @@ def _run_git(tree: Path, *arguments: str, stdin: bytes = b"") -> subprocess.Comp
 
 
 def _faults(patch: str, verbose: str) -> tuple[list[str], list[str]]:
-    """What `git apply --check --verbose` says fits elsewhere, and not at all, by file and hunk."""
+    """Return what fits elsewhere and what not at all, as `git apply --check --verbose` says."""
     hunks: list[tuple[str, str]] = []
     file = ""
     for line in patch.splitlines():

@@ -1,4 +1,4 @@
-"""What the sources of transformers and sentence-transformers do, for the roadmap.
+"""Run the sources of transformers and sentence-transformers, for the roadmap.
 
     python -m ci.forks.behaviour LIBRARY
 
@@ -37,7 +37,7 @@ NOT_SO = (
 
 @functools.cache
 def of(library: str, tree: Path) -> dict[str, bool]:
-    """What holds of the sources in `tree`, found in a process of its own."""
+    """Say what holds of the sources in `tree`, found in a process of its own."""
     path = [str(tree / PACKAGES[library]), str(ROOT), os.environ.get("PYTHONPATH", "")]
     run = subprocess.run(
         [sys.executable, "-m", "ci.forks.behaviour", library],
@@ -51,7 +51,7 @@ def of(library: str, tree: Path) -> dict[str, bool]:
 
 
 def holds(check: Callable[[], object]) -> bool:
-    """Whether a check neither raises nor returns False."""
+    """Return whether a check neither raises nor returns False."""
     try:
         return check() is not False
     except NOT_SO:

@@ -74,7 +74,7 @@ class Kernel:
 
     @property
     def folder(self) -> Path:
-        """Where the kernel is defined and built."""
+        """Return where the kernel is defined and built."""
         return self.root / "forks/kernels-community" / self.name
 
     @property

@@ -22,7 +22,7 @@ class RewriteError(Exception):
 
 @dataclass(frozen=True)
 class Package:
-    """What the files of a package are made of.
+    """The modules from which the files of a package are made.
 
     Attributes:
         modules: Path, in the package, of each module of the libraries that is in it.
@@ -81,7 +81,7 @@ class Package:
                     yield node, self._import(alias, node.lineno, path)
 
     def _is_known(self, name: str) -> bool:
-        """Whether a module is one of those libraries' that the package is made of."""
+        """Return whether a module is one of those libraries' that the package is made of."""
         top = name.partition(".")[0]
         return top in self.compiled or any(m.partition(".")[0] == top for m in self.modules)
 
@@ -166,7 +166,7 @@ def called_ops(source: str) -> set[str]:
 
 
 def relative_imports(source: str, path: PurePosixPath) -> set[PurePosixPath]:
-    """What a file of the package imports from it: modules or folders, without their endings."""
+    """Say what a file of the package imports from it: modules or folders, without their endings."""
     return {
         PurePosixPath(*path.parts[: -node.level], *(node.module or "").split("."))
         for node in ast.walk(ast.parse(source))
@@ -200,7 +200,7 @@ def _folder_and_name(path: PurePosixPath) -> tuple[PurePosixPath, str]:
 
 
 def _relative(target: PurePosixPath, path: PurePosixPath) -> str:
-    """What stands after `from` in a file, for a module or a folder of the package."""
+    """Say what stands after `from` in a file, for a module or a folder of the package."""
     here, there = path.parent.parts, target.parts
     common = 0
     while common < min(len(here), len(there)) and here[common] == there[common]:

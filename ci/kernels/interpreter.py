@@ -300,7 +300,10 @@ def _conv(
     for row in range(batch):
         tokens = (seq_idx[row] >= 0).nonzero()[:, 0]
         ids = seq_idx[row, tokens]
-        state = x.new_zeros(dim, kept) if initial_states is None else initial_states[row]
+        state = x.new_zeros(dim, kept)
+        # A row that begins with padding has no place for an initial state.
+        if initial_states is not None and (seq_idx[row, 0] >= 0 or not len(tokens)):
+            state = initial_states[row]
         # The initial state's columns belong to the sequence of the first token.
         seen = torch.cat([state.float(), x[row].float()[:, tokens]], dim=1)
         ids = torch.cat([ids[:1].expand(kept) if len(ids) else ids.new_zeros(kept), ids])

@@ -726,7 +726,7 @@ def test_rebase_runs_tests_by_a_file_of_the_repository(
 def test_what_runs_a_test_is_there():
     for library in forks.libraries():
         brought = "".join(
-            patch.read_text() for patch in (forks.ROOT / "patches" / library).glob("*")
+            patch.read_text() for patch in (forks.ROOT / "patches" / library).glob("*.patch")
         )
         for test, runner in _release.Fork.read(library).run_by.items():
             assert f"\n+++ b/{test}\n" in brought

@@ -310,19 +310,6 @@ def test_offsets_that_do_not_fit_are_refused(conv, tmp_path):
         conv.causal_conv1d_fn(x, parameters(8)[0])
 
 
-@released("the initial state is dropped where a row starts with padding", raises=AssertionError)
-@pytest.mark.parametrize("left", [1, 3, 62, 64, 130])
-def test_initial_state_of_a_left_padded_row(conv, left):
-    x = channel_last(2, 40, left + 10)
-    weight, bias = parameters(40)
-    initial = channel_last(2, 40, 3)
-    seq_idx = torch.full((2, left + 10), 5, dtype=torch.int32)
-    seq_idx[:, :left] = -1
-    out = conv.causal_conv1d_fn(x, weight, bias, seq_idx=seq_idx, initial_states=initial)
-    expected, _ = oracle(x, weight, bias, seq_idx=seq_idx, initial_states=initial)
-    check([out], [expected], torch.float32)
-
-
 @released("final states are refused with seq_idx", raises=AssertionError)
 def test_final_states_with_seq_idx(conv):
     x = channel_last(2, 40, 150)
@@ -352,7 +339,9 @@ def test_upstreams_reference_is_as_the_recurrence(emulated_conv, source):
             ],
             dtype=torch.int32,
         )
-        for state in (initial, None):
+        # A row that begins with padding begins from zeros.
+        begun = initial * torch.tensor([1, 0, 1, 1, 0])[:, None, None]
+        for state in (begun, None):
             got = reference(
                 x,
                 weight,

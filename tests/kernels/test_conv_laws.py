@@ -5,6 +5,7 @@ states.
 """
 
 import re
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -74,11 +75,23 @@ def leaf(tensor):
     return None if tensor is None else tensor.detach().clone().requires_grad_()
 
 
+def begun(initial, seq_idx):
+    """Zeros for each row that begins with padding and has a token: its sequence begins there.
+
+    The kernel has no place for another state in such a row, and drops it.
+    """
+    if initial is None or seq_idx is None:
+        return initial
+    is_padding = seq_idx < 0
+    return initial * (~is_padding[:, 0] | is_padding.all(1))[:, None, None]
+
+
 def call(function, conv, x, seq_idx, initial, **extra):
     """Return out, final states, and a function from their gradients to those of all inputs."""
     weight, bias = (leaf(p) for p in conv.parameters())
     x, initial = leaf(x), leaf(initial)
-    out, final = function(x, weight, bias, seq_idx=seq_idx, initial_states=initial, **extra)
+    given = begun(initial, seq_idx)
+    out, final = function(x, weight, bias, seq_idx=seq_idx, initial_states=given, **extra)
     names = {"x": x, "initial": initial, "weight": weight, "bias": bias}
     inputs = {name: tensor for name, tensor in names.items() if tensor is not None}
 
@@ -206,7 +219,7 @@ def test_chunking_is_invisible(kernel, count):
         seqlen = x.shape[2]
         cuts = sorted(data.draw(st.sets(st.integers(1, max(1, seqlen - 1)), max_size=4)) - {seqlen})
         bounds = list(zip([0, *cuts], [*cuts, seqlen], strict=True))
-        initial = torch.stack([conv.state() for _ in rows])
+        initial = begun(torch.stack([conv.state() for _ in rows]), seq_idx)
         out, final, _ = kernel(conv, x, seq_idx, initial)
 
         # The contract leaves it to the caller to give zeros where a chunk starts a new sequence.
@@ -248,7 +261,7 @@ def test_chunking_is_invisible(kernel, count):
         )
         gradients = {
             "x": torch.cat(dx, dim=-1),
-            "initial": dstate,
+            "initial": begun(dstate, seq_idx),
             "weight": dweight,
             "bias": dbias,
         }
@@ -265,6 +278,7 @@ def test_padding_is_invisible(kernel, count):
     @given(CONVS, LENGTHS, PADS, PADS)
     def law(conv, length, left, right):
         x, initial = conv.random(1, conv.dim, length), conv.state()[None]
+        initial = torch.zeros_like(initial) if left else initial
         dout, dfinal = conv.random(*x.shape), conv.random(*initial.shape)
         padded, seq_idx = pack(conv, [(left, [x[0]], right)])
         padded = torch.nn.functional.pad(
@@ -287,7 +301,8 @@ def test_padding_is_invisible(kernel, count):
         padding = (seq_idx == PADDING).unsqueeze(1)
         assert not padded_gradients["x"].masked_select(padding).any()
         padded_gradients["x"] = padded_gradients["x"][..., tokens]
-        assert_close(conv, (out, final, padded_gradients), (out, final, gradients))
+        names = ("x", "weight", "bias") if left else ("x", "initial", "weight", "bias")
+        assert_close(conv, (out, final, padded_gradients), (out, final, gradients), names)
 
     law()
 
@@ -396,30 +411,24 @@ def test_threads_may_run_in_any_order(kernel, order):
 # Faults in what the patches add to the kernels, each of which the recurrence must detect: the file,
 # the text, and its replacement, in which M is 1 when the fault is on and else 0.
 FAULTS = [
-    ("fwd", "l >= first_token - (kWidth - 1)", "l >= first_token - (kWidth - 1 - M)"),
-    ("fwd", "last_token / kChunkSizeL", "(last_token + M) / kChunkSizeL"),
-    ("fwd", "last_token + 1 + l_idx - chunk", "last_token + 1 - M + l_idx - chunk"),
-    (
-        "fwd",
-        "l_pos < first_token ? first_token : l_pos",
-        "l_pos < first_token && !M ? first_token : l_pos",
-    ),
-    ("fwd", "first_token <= last_token && seq", "!M && first_token <= last_token && seq"),
-    ("fwd", "kLPerThread + i < first_token", "kLPerThread + i < first_token - M"),
-    ("bwd", "l >= first_token - (kWidth - 1)", "l >= first_token - (kWidth - 1 - M)"),
-    ("bwd", "l <= last_token &&", "l <= last_token - M &&"),
-    ("bwd", "&& seq_idx_l == last_seq_idx", "&& (M || seq_idx_l == last_seq_idx)"),
     (
         "bwd",
-        "l - last_token + kWidth - 2",
-        "(l == last_token ? l - last_token + kWidth - 2 - M : l - last_token + kWidth - 2)",
+        "if (seq_idx_thread[i + kWidth - 1] < 0)",
+        "if (seq_idx_thread[i + kWidth - 1] < 0 - M)",
     ),
-    ("bwd", "dx_vals_store[i] = 0.f", "dx_vals_store[i] = M ? float(dx_vals_store[i]) : 0.f"),
-    ("bwd", "l_idx >= first_token", "l_idx >= first_token + M"),
-    ("bwd", "return seq_idx[l] < 0;", "return seq_idx[l] < 0 - M;"),
-    ("token_range", "if (seq_idx[l] >= 0)", "if (seq_idx[l] >= M)"),
-    ("token_range", "params.seqlen - 1 : last", "params.seqlen - 1 - M : last"),
-    ("token_range", "< first_smem[tid] ?", "< first_smem[tid] - M * 1000 ?"),
+    ("bwd", "if (seq_idx_thread[i] < 0)", "if (seq_idx_thread[i] < 0 - M)"),
+    ("bwd", "kHasSeqIdx && seq_idx_thread[i] < 0", "kHasSeqIdx && seq_idx_thread[i] < 0 - M"),
+]
+# The same for what is done beside the kernels, in Python.
+FAULTS_BESIDE = [
+    ("torch.where(seq_idx >= 0, position, -1)", "torch.where(seq_idx >= -1, position, -1)"),
+    ("torch.arange(2 - width, 1", "torch.arange(1 - width, 0"),
+    ("torch.where(is_own, torch.where(position", "torch.where(position < 99, torch.where(position"),
+    ("torch.where(position < 0, before, states)", "states"),
+    ("torch.where(is_own & (position >= 0), dfinal", "torch.where(position >= 0, dfinal"),
+    ("torch.where(is_own & (position >= 0), dfinal", "torch.where(is_own, dfinal"),
+    ("is_own & (position < width - 1)", "is_own & (position < width)"),
+    ("position = position + width - 1", "position = position + width - 2"),
 ]
 
 
@@ -502,3 +511,19 @@ def test_the_recurrence_tells_faults_in_the_new_code(faulty):
             if not differs_from_recurrence(faulty):
                 missed.append(fault)
     assert not missed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("old", "new"), FAULTS_BESIDE)
+def test_the_recurrence_tells_faults_beside_the_kernels(tmp_path, old, new):
+    tree = forks.patched("causal-conv1d")
+    (tmp_path / "csrc").symlink_to(tree / "csrc")
+    shutil.copytree(tree / "causal_conv1d", tmp_path / "causal_conv1d")
+    file = tmp_path / "causal_conv1d" / "causal_conv1d_interface.py"
+    assert file.read_text().count(old) == 1
+    file.write_text(file.read_text().replace(old, new))
+    try:
+        package = emulation.causal_conv1d(tmp_path)
+    except emulation.Unavailable as reason:
+        pytest.skip(str(reason))
+    assert differs_from_recurrence(package)

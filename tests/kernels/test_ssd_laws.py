@@ -161,6 +161,11 @@ def in_pieces(call, ops, case: Case, leaves: dict) -> list[torch.Tensor]:
     seq_idx = case.seq_idx
     bounds = [0, *case.splits, case.shape[1]]
     states: dict[str, torch.Tensor] = {n: leaves[n] for n in STATES if n in leaves}
+    if seq_idx is not None and "initial_conv_states" in states:
+        # The convolution of a row that begins with padding begins from zeros: it has no place for
+        # another state, and drops it.
+        begins = (seq_idx[:, 0] != PAD) | (seq_idx == PAD).all(1)
+        states["initial_conv_states"] = leaves["initial_conv_states"] * begins[:, None, None]
     outs, last_id = [], None
     for start, end in itertools.pairwise(bounds):
         ids = None if seq_idx is None else seq_idx[:, start:end]

@@ -192,3 +192,23 @@ def selective_scan(tree: Path, **options: Any) -> ModuleType:
         )
     module.mamba_simple = simple  # type: ignore[attr-defined]
     return module
+
+
+def when_used(tree: Path) -> ModuleType:
+    """The emulated extension for rows of up to 128 tokens, compiled when it is first called."""
+    return _WhenUsed(tree)
+
+
+class _WhenUsed(ModuleType):
+    def __init__(self, tree: Path) -> None:
+        super().__init__("selective_scan_cuda")
+        self._tree = tree
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("fwd", "bwd"):
+            raise AttributeError(name)
+        path = extension(self._tree, sizes=SIZES[:1])
+        loaded = _load.load_extension("selective_scan_cuda", path)
+        for function in ("fwd", "bwd"):
+            setattr(self, function, getattr(loaded, function))
+        return getattr(loaded, name)
