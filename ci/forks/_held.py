@@ -90,7 +90,7 @@ def _counted(cases: list[Case]) -> str:
 
 
 def _printed(fork: Fork, tree: Path, request: Request, which: int) -> list[str]:
-    """Return whether the reproduction prints the page's output: on the release (0), or after (1)."""
+    """Say how the reproduction differs from the page, on the release (0) or after (1)."""
     found = paste(fork.library, request.code, tree, sanitize=request.sanitizer)
     if found.strip() == request.printed[which].strip():
         return []
