@@ -21,9 +21,10 @@ ROOT = Path(__file__).parents[2]
 
 def released(reason, **kind):
     """Parametrise `conv` by the release, where `reason` fails, and the patched sources."""
-    mark = pytest.mark.xfail(strict=True, reason=reason, **kind)
+    # To compile the release, too, takes a minute: `nox -s test-kernels` does.
+    marks = [pytest.mark.slow, pytest.mark.xfail(strict=True, reason=reason, **kind)]
     return pytest.mark.parametrize(
-        "conv", [pytest.param("stock", marks=mark), "patched"], indirect=True
+        "conv", [pytest.param("stock", marks=marks), "patched"], indirect=True
     )
 
 

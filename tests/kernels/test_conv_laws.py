@@ -366,7 +366,7 @@ def test_batching_is_invisible(kernel, count):
     law()
 
 
-@pytest.mark.parametrize("source", ["stock", "patched"])
+@pytest.mark.parametrize("source", [pytest.param("stock", marks=pytest.mark.slow), "patched"])
 @pytest.mark.parametrize("count", EXAMPLES)
 def test_unpadded_chunks_are_invisible_without_seq_idx(kernel, source, count):
     @examples(count)

@@ -85,6 +85,7 @@ def test_the_convolution(emulated_conv, package, kernel, module):
     assert not torch.equal(ours, states)
 
 
+@pytest.mark.slow
 def test_the_selective_scan(package):
     fork = quick()
     functions = {
