@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         status,
         vertical_chunking,
     )
+    from compat.stream.gradients import pooled
     from compat.stream.hidden_states import iter_chunks, last_hidden_state
     from compat.stream.text import TextStream
     from compat.stream.tokenizer import StreamingTokenizer
@@ -52,6 +53,7 @@ __all__ = [
     "iter_chunks",
     "last_hidden_state",
     "load_default_model",
+    "pooled",
     "status",
     "supported_models_table",
     "vertical_chunking",
@@ -59,6 +61,7 @@ __all__ = [
 
 _HOMES = {
     "default_model": ["load_default_model"],
+    "stream.gradients": ["pooled"],
     "stream.hidden_states": ["iter_chunks", "last_hidden_state"],
     "errors": [
         "UnsupportedModelError",
