@@ -110,6 +110,12 @@ def require_gradients(backbone: PreTrainedModel, family: Family) -> None:
             "whole parameters, as with DistributedDataParallel or ZeRO-2",
             "train it without shards",
         )
+    if getattr(backbone, "_is_replica", False):
+        raise UnsupportedModelError(
+            f"{name} as a replica of DataParallel, which has no parameters of its own",
+            "one process for each device, as with DistributedDataParallel",
+            "start it with torchrun or accelerate launch",
+        )
     if reason := _verdict(backbone, family):
         raise UnsupportedModelError(
             f"{name}, which {reason}",

@@ -212,12 +212,15 @@ class _Reading:
         """Read all chunks without gradients, and keep the borders if they are wanted later."""
         self._autocast = _autocast_of(self.text.input_ids.device.type)
         self._context = contextvars.copy_context()
+        # With a frozen model, nothing before Pooling needs the gradient of a state.
+        self._through = any(p.requires_grad for p in self.text.backbone.parameters())
         state: list[Tensor] = []
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(**self._autocast):
             for step in _steps(self.text):
                 if keep:
                     random = torch.get_rng_state(), *get_device_states(self.text.input_ids)
-                    self.borders.append(_Border(step, state, self.pooling, random))
+                    begin = [] if step.kept is None else state
+                    self.borders.append(_Border(step, begin, self.pooling, random))
                 state, self.pooling = self._run(
                     step, state, self.pooling, self.pooling.accumulators
                 )
@@ -269,10 +272,10 @@ class _Reading:
             kind = self.text.input_ids.device.type
             set_device_states(devices, states, device_type=kind)
         with torch.enable_grad(), torch.autocast(**self._autocast):
-            begin = [part.detach().requires_grad_() for part in border.state]
+            begin = [part.detach().requires_grad_(self._through) for part in border.state]
             sums = [part.detach().requires_grad_() for part in border.pooling.accumulators]
             end, pooling = self._run(border.step, begin, border.pooling, sums)
-        if border.step.kept is not None and not all(part.requires_grad for part in end):
+        if begin and self._through and not all(part.requires_grad for part in end):
             raise UnsupportedModelError(
                 f"a {type(self.text.backbone).__name__} that recorded no gradient of its state in "
                 f"a chunk of {border.step.stop - border.step.start} tokens",
@@ -284,18 +287,17 @@ class _Reading:
             *zip(pooling.accumulators, of_sums, strict=True),
         ]
         outputs = [(part, g) for part, g in pairs if g is not None and part.requires_grad]
+        if not self._through:
+            begin = []
         sources = [*begin, *sums, *parameters]
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            [part for part, _ in outputs],
-            sources,
-            [g for _, g in outputs],
-            allow_unused=True,
-        )
-        count = len(begin)
-        own = found[count : count + len(sums)]
-        back = [torch.zeros_like(s) if g is None else g for s, g in zip(sums, own, strict=True)]
-        state = list(found[:count]) if border.step.kept is not None else []
-        return state, back, found[count + len(sums) :]
+        found: list[Tensor | None] = [None] * len(sources)
+        if outputs:
+            ends, gradients = zip(*outputs, strict=True)
+            found = list(torch.autograd.grad(ends, sources, gradients, allow_unused=True))
+        state, found = found[: len(begin)], found[len(begin) :]
+        own = zip(sums, found, strict=False)
+        back = [torch.zeros_like(part) if g is None else g for part, g in own]
+        return state, back, found[len(sums) :]
 
     def _run(
         self, step: _Step, state: list[Tensor], pooling: StreamingPooling, sums: Sequence[Tensor]
