@@ -8,9 +8,11 @@ recurrent state is carried between them. The result is that of one pass over the
 3. Packing is invisible: a sequence in a packed row gives what it gives alone (in the ops that take
    packed rows; a model is given one text a row).
 4. Batching is invisible: a row does not depend on the other rows.
+5. Gradients too: a loss on embeddings in chunks has those of one pass.
 
 `enable_vertical_chunking()` gives `SentenceTransformer.encode` the argument `vertical_chunk_size`;
 `iter_chunks` and `last_hidden_state` do the same for a plain transformers model, and need no hooks.
+For training there are `pooled` and, with the hooks on, `model.training_chunk_size`.
 """
 
 from importlib import import_module
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
         status,
         vertical_chunking,
     )
+    from compat.stream.gradients import pooled
     from compat.stream.hidden_states import iter_chunks, last_hidden_state
     from compat.stream.text import TextStream
     from compat.stream.tokenizer import StreamingTokenizer
@@ -52,6 +55,7 @@ __all__ = [
     "iter_chunks",
     "last_hidden_state",
     "load_default_model",
+    "pooled",
     "status",
     "supported_models_table",
     "vertical_chunking",
@@ -59,6 +63,7 @@ __all__ = [
 
 _HOMES = {
     "default_model": ["load_default_model"],
+    "stream.gradients": ["pooled"],
     "stream.hidden_states": ["iter_chunks", "last_hidden_state"],
     "errors": [
         "UnsupportedModelError",

@@ -73,7 +73,7 @@ def require_exact(backbone: PreTrainedModel, family: Family) -> None:
     _require_independence(backbone)
     key = (type(backbone), backbone.device.type, ops.backend())
     own = _is_own(backbone)
-    made_of: object = key if own else (_parts(backbone), *key)
+    made_of: object = key if own else (parts_of(backbone), *key)
     known, reason = _models.get(backbone, (made_of, None))
     if known != made_of or reason is None:
         reason = _classes.get(key) if own else None
@@ -111,7 +111,13 @@ def _ask(
     return reason
 
 
-def _parts(backbone: PreTrainedModel) -> tuple[object, ...]:
+def stand_in(backbone: PreTrainedModel) -> PreTrainedModel | None:
+    """Return the tiny model that stands for a model; None where only itself does."""
+    return _tiny_of(backbone) if _is_own(backbone) else None
+
+
+def parts_of(backbone: PreTrainedModel) -> tuple[object, ...]:
+    """Return what a model consists of, to compare it with another time."""
     return tuple((id(m), type(m), "forward" in vars(m)) for m in backbone.modules())
 
 

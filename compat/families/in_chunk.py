@@ -12,6 +12,7 @@ from torch import Tensor
 from compat import ops
 
 _in_chunk: ContextVar[bool] = ContextVar("compat_in_chunk", default=False)
+_differentiable: ContextVar[bool] = ContextVar("compat_differentiable", default=False)
 
 
 @contextmanager
@@ -33,17 +34,41 @@ def is_in_chunk() -> bool:
     return _in_chunk.get()
 
 
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Mark this context as one in which a chunk's gradient reaches the state that it began from.
+
+    The ops carry gradients and autocast; released kernels may not hand the gradient of a state on.
+    """
+    token = _differentiable.set(True)
+    try:
+        yield
+    finally:
+        _differentiable.reset(token)
+
+
+def is_differentiable() -> bool:
+    """Return True while chunks are run whose gradient is wanted, in both of their runs."""
+    return _differentiable.get()
+
+
 def replace_released(tensor: Tensor) -> bool:
     """Return whether a mixer that is given this tensor runs on the ops, not on its own torch code.
 
-    It does on a CPU, without gradients, in eager mode and in the model's own dtypes. Everywhere
-    else the released code is left alone.
+    It does on a CPU, without gradients, in eager mode and in the model's own dtypes; and where
+    chunks carry gradients, on any device that records them. Everywhere else the released code is
+    left alone.
     """
+    if (
+        ops.backend() == "released"
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    if _differentiable.get() and (torch.is_grad_enabled() or tensor.device.type == "cpu"):
+        return True
     return (
-        ops.backend() != "released"
-        and tensor.device.type == "cpu"
+        tensor.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
     )

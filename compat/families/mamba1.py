@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from compat.errors import UnsupportedModelError, UnsupportedVersionError
 from compat.families.base import Family
-from compat.families.in_chunk import in_chunk, is_in_chunk, replace_released
+from compat.families.in_chunk import in_chunk, is_differentiable, is_in_chunk, replace_released
 from compat.installed import hub_kernels
 from compat.installed.behaviour import Draw, compare, verdict
 from compat.installed.patches import Held, MixerCall, Patch, arguments, released, wraps
@@ -163,7 +163,8 @@ def with_initial_state(scan: Callable[..., Any]) -> Callable[..., Any]:
         known = not given.keys() - _ARGUMENTS.keys() - _CHOICES
         if scans.on_ops and known and not differs(scan):
             ours = {_ARGUMENTS[name]: given[name] for name in given.keys() & _ARGUMENTS.keys()}
-            return selective_scan_fn(**ours, initial_states=state)
+            with torch.autocast(ours["u"].device.type, enabled=False):
+                return selective_scan_fn(**ours, initial_states=state)
         if state is None:
             return scan(*args, **kwargs)
         reason = _is_not_linear(scan) if known else f"it is given {', '.join(given)}"
@@ -335,11 +336,12 @@ def _recurrent_state(cache: Any, layer_idx: int) -> Tensor | None:
 
 def _is_slow(mixer: Any, hidden_states: Tensor) -> bool:
     """Return whether the mixer's own scan would be a loop in torch, without gradients, on a CPU."""
-    return (
-        replace_released(hidden_states)
-        and find_spec("mamba_ssm") is None
-        and not hub_kernels.is_used(mixer)  # A user asked for that kernel.
-    )
+    if not replace_released(hidden_states):
+        return False
+    if is_differentiable():  # A kernel may ignore the gradient of its last state.
+        return True
+    # A user asked for the hub's kernel, where one is used.
+    return find_spec("mamba_ssm") is None and not hub_kernels.is_used(mixer)
 
 
 def plan(model_type: str) -> list[Patch]:

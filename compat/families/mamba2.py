@@ -28,7 +28,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from compat.families import mamba2_kernels, mamba2_probe
 from compat.families.base import Family
-from compat.families.in_chunk import in_chunk, is_in_chunk, replace_released
+from compat.families.in_chunk import in_chunk, is_differentiable, is_in_chunk, replace_released
 from compat.families.mamba2_kernels import Run, portable, split, whole
 from compat.installed import hub_kernels
 from compat.installed.behaviour import Differs
@@ -69,7 +69,7 @@ class Mamba2(Family):
         self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
     ) -> tuple[Tensor, Any]:
         """Run one chunk; see `Family.forward`."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_differentiable():
             return super().forward(backbone, input_ids, start, state)
         with PATCHED[backbone.config.model_type], in_chunk():
             return super().forward(backbone, input_ids, start, state)
@@ -209,7 +209,7 @@ def _run_for(mixer: Any, call: MixerCall) -> Run | None:
     inputs, mask = call.inputs, call.others.get("attention_mask")
     on_ops = replace_released(inputs)
     run: Run | None = None
-    if hub_kernels.is_used(mixer):
+    if hub_kernels.is_used(mixer) and not is_differentiable():
         # A user asked for these kernels: use theirs, or the released forward, which calls them too.
         op = hub_kernels.fused_op(mixer)
         fits = not _has_kernels(inputs) or _suits_kernels(mixer, inputs)
@@ -246,8 +246,8 @@ def _is_exact(mixer: Any, hidden_states: Tensor) -> bool:
     """Return whether the fused path does all that the mixer's own forward does with the inputs."""
     norm = mixer.norm
     return (
-        hidden_states.dtype in _DTYPES
-        and not torch.is_autocast_enabled(hidden_states.device.type)
+        (hidden_states.dtype in _DTYPES or is_differentiable())
+        and (is_differentiable() or not torch.is_autocast_enabled(hidden_states.device.type))
         and hidden_states.shape[1] > 1
         and mixer.activation in ("silu", "swish")
         and mixer.conv_kernel_size >= 2

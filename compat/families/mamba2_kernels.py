@@ -115,7 +115,7 @@ def whole(
         mixer.conv1d.weight.squeeze(1),
         mixer.conv1d.bias,
         mixer.dt_bias,
-        -torch.exp(mixer.A_log.float()),
+        -torch.exp(mixer.A_log.to(torch.promote_types(mixer.A_log.dtype, torch.float32))),
         mixer.D,
         mixer.chunk_size,
         initial_states=ssm_state,
@@ -133,7 +133,17 @@ def whole(
     return output, final
 
 
-portable: Run = functools.partial(whole, mamba2.mamba_split_conv1d_scan_combined)
+def portable(
+    mixer: Any,
+    projected: Tensor,
+    conv_state: Tensor | None,
+    ssm_state: Tensor | None,
+    **rows: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Run a mixer by compat's own op, whose products autocast must not round."""
+    with torch.autocast(projected.device.type, enabled=False):
+        op = mamba2.mamba_split_conv1d_scan_combined
+        return whole(op, mixer, projected, conv_state, ssm_state, **rows)
 
 
 def _composed(

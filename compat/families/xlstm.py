@@ -29,7 +29,7 @@ class XLstm(Family):
     ) -> tuple[Tensor, Any]:
         """Run one chunk; see `Family.forward`."""
         if state is None:
-            state = self._new_cache(backbone, input_ids)
+            state = self.new_cache(backbone, input_ids)
         with PATCHED:
             return super().forward(backbone, input_ids, start, state)
 
@@ -40,7 +40,8 @@ class XLstm(Family):
         }
         return state
 
-    def _new_cache(self, backbone: PreTrainedModel, input_ids: Tensor) -> Any:
+    def new_cache(self, backbone: PreTrainedModel, input_ids: Tensor) -> Any:
+        """Make the cache before the first token, for the rows of input_ids."""
         from transformers.models.xlstm.modeling_xlstm import xLSTMCache
 
         config: Any = backbone.config

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from compat.errors import UnsupportedPipelineError, UnsupportedVersionError
 from compat.families.lookup import backbone_of
-from compat.hooks import progress
+from compat.hooks import progress, training
 from compat.hooks.cut_texts import Cuts, asked_for, counting, reader_of, told_once
 from compat.hooks.own_chunks import KEYWORD, for_preprocess, reads_by_itself
 from compat.hooks.refusals import TOKENS, check_features, check_inputs, check_modules, check_tokens
@@ -167,7 +167,7 @@ def plan(held: Hold) -> list[Patch]:
     hooks: dict[type, dict[str, Callable[[Any], Callable[..., Any]]]] = {
         SentenceTransformer: {
             "encode": functools.partial(_encode, held),
-            "forward": functools.partial(_forward, held),
+            "forward": lambda released: training.hook_forward(held, _forward(held, released)),
             "get_model_kwargs": _get_model_kwargs,
             "_inference": _inference,
             "_multi_process": _multi_process,
@@ -175,7 +175,9 @@ def plan(held: Hold) -> list[Patch]:
             "_get_model_config": hook_get_model_config,
             "_parse_model_config": hook_parse_model_config,
         },
-        Transformer: {"forward": _transformer_forward},
+        Transformer: {
+            "forward": lambda released: training.hook_transformer(_transformer_forward(released))
+        },
         Dense: {"forward": _token_wise_forward},
         Normalize: {"forward": _token_wise_forward},
         Pooling: {"forward": _pooling_forward},
@@ -196,7 +198,10 @@ def plan(held: Hold) -> list[Patch]:
     for method in (SentenceTransformer.encode, SentenceTransformer._inference):
         if not _takes_keywords(method):
             raise _unsupported(f"SentenceTransformer.{method.__name__} takes no **kwargs")
-    patches: list[Patch] = [(SentenceTransformer, KEYWORD, property(get_default, set_default))]
+    patches: list[Patch] = [
+        (SentenceTransformer, KEYWORD, property(get_default, set_default)),
+        (SentenceTransformer, training.NAME, training.size_property),
+    ]
     for owner, factories in hooks.items():
         patches += [(owner, name, make(getattr(owner, name))) for name, make in factories.items()]
     return patches
@@ -357,8 +362,8 @@ def _check_forward(model: SentenceTransformer, features: Features) -> None:
     if in_training(model):
         raise UnsupportedPipelineError(
             f"{KEYWORD} in a call of a model in training mode",
-            "a model in eval mode: chunks carry no gradient",
-            f"call model.eval() first, or leave {KEYWORD} out",
+            f"a model in eval mode, or model.{training.NAME}, with which chunks carry gradients",
+            f"call model.eval() first, or set {training.NAME} and leave {KEYWORD} out",
         )
     for row, mask in enumerate(features.get("attention_mask", ())):
         if not mask.any():

@@ -5,6 +5,7 @@ Other rooms use the modules of `__all__`; the others are the room's own.
 
 __all__ = [
     "chunk",
+    "gradients",
     "hidden_states",
     "loop",
     "pooling",

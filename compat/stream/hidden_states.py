@@ -17,7 +17,8 @@ from compat.stream.pooling import StreamingPooling
 from compat.stream.rows import Window, align_left, batches, check_chunk_size, spans, windows
 
 
-def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+def check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise a ValueError where they are not a batch of token ids and its mask."""
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         raise ValueError("input_ids must be an integer tensor of shape (batch, seqlen).")
     if not input_ids.numel():
@@ -68,7 +69,7 @@ def iter_chunks(
     backbone, family = backbone_of(model)
     require_support()
     size = check_chunk_size(vertical_chunk_size)
-    _check_inputs(input_ids, attention_mask)
+    check_inputs(input_ids, attention_mask)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     first, lengths = spans(attention_mask)
@@ -134,7 +135,7 @@ def last_hidden_state(
     backbone, family = backbone_of(model)
     require_support()
     size = check_chunk_size(vertical_chunk_size)
-    _check_inputs(input_ids, attention_mask)
+    check_inputs(input_ids, attention_mask)
     tokens, lengths = align_left(input_ids, attention_mask)
     if (empty := (lengths == 0).nonzero()[:, 0]).numel():
         raise ValueError(f"Row {int(empty[0])} has no token: there is no last hidden state.")

@@ -82,13 +82,13 @@ def run_together(
                 return
             if state is not None:
                 state = family.select_rows(state, alive)
-        tokens = input_ids[rows, start : _stop(start, end, longest)]
+        tokens = input_ids[rows, start : stop_of(start, end, longest)]
         with settled(backbone, lengths[rows]):
             hidden, state = family.forward(backbone, tokens, start, state)
         yield Chunk(start, rows, (lengths[rows] - start).clamp(max=end - start), hidden)
         del hidden  # The next chunk's hidden states must not come on top of this one's.
 
 
-def _stop(start: int, end: int, longest: int) -> int:
+def stop_of(start: int, end: int, longest: int) -> int:
     """Return where a part ends for rows of at most `longest` tokens; never after one token."""
     return min(end, max(longest, start + 2))

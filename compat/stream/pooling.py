@@ -7,6 +7,7 @@ sentence-transformers 6.2.0.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -83,6 +84,23 @@ class StreamingPooling:
         if not self._state:
             raise RuntimeError("finalize() before any update(): there is no chunk to pool.")
         return torch.cat([self._result(mode).to(self._dtype) for mode in self.modes], dim=-1)
+
+    @property
+    def accumulators(self) -> list[Tensor]:
+        """The vectors that are held, (batch, hidden_size) each; none before the first chunk."""
+        return list(self._state.values())
+
+    def resumed(self, accumulators: Sequence[Tensor]) -> StreamingPooling:
+        """Return a pooling that goes on from here, from these accumulators in place of its own.
+
+        Neither they nor this pooling change when the new one takes chunks in.
+        """
+        found = copy.copy(self)
+        values = [part.clone() for part in accumulators]
+        found._state = dict(zip(self._state, values, strict=True))
+        if self._state:
+            found._seen = self._seen.clone()
+        return found
 
     def _allocate(self, chunk: Chunk) -> None:
         """Set up the accumulators; sums run over the whole text, and lose nothing in float64."""

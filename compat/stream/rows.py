@@ -14,24 +14,23 @@ Window = tuple[int, int]
 RUN = 64
 
 
-def check_chunk_size(vertical_chunk_size: object) -> int:
-    """Return the vertical chunk size if it is a positive int.
+def check_chunk_size(size: object, name: str = "vertical_chunk_size") -> int:
+    """Return a vertical chunk size if it is a positive int; errors call it by `name`.
 
     Raises:
         TypeError: It is not an int (a bool is not).
         ValueError: It is less than 1.
     """
-    if isinstance(vertical_chunk_size, bool) or not isinstance(vertical_chunk_size, int):
+    if isinstance(size, bool) or not isinstance(size, int):
         raise TypeError(
-            "vertical_chunk_size must be an int, the number of tokens in a chunk; found "
-            f"{vertical_chunk_size!r} of type {type(vertical_chunk_size).__name__}."
+            f"{name} must be an int, the number of tokens in a chunk; found {size!r} of type "
+            f"{type(size).__name__}."
         )
-    if vertical_chunk_size < 1:
+    if size < 1:
         raise ValueError(
-            "vertical_chunk_size must be at least 1, the number of tokens in a chunk; found "
-            f"{vertical_chunk_size}."
+            f"{name} must be at least 1, the number of tokens in a chunk; found {size}."
         )
-    return int(vertical_chunk_size)
+    return int(size)
 
 
 def windows(seqlen: int, vertical_chunk_size: int) -> list[Window]:

@@ -70,9 +70,13 @@ def _rms_norm(norm, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mamba2(model, ids: list[int]) -> tuple[Tensor, list[State]]:
-    """Return hidden states (seqlen, hidden_size) of one sequence, and each layer's final state."""
-    model = copy.deepcopy(model).double()
+def mamba2(model, ids: list[int], copied: bool = True) -> tuple[Tensor, list[State]]:
+    """Return hidden states (seqlen, hidden_size) of one sequence, and each layer's final state.
+
+    Under `no_grad` its `__wrapped__` records gradients: those of the model itself if not `copied`.
+    """
+    if copied:
+        model = copy.deepcopy(model).double()
     states = [initial_state(layer.mixer) for layer in model.layers]
     hidden = []
     for token in ids:

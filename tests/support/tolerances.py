@@ -24,6 +24,14 @@ HIDDEN = {torch.float32: 1e-5, torch.bfloat16: 1e-1}
 # then costs as little as 2e-5 (zamba2), and here 3e-3 to 4.
 CHUNKED = {torch.float32: 5e-5, torch.bfloat16: 6e-2}
 
+# Gradients of embeddings, chunked against full, as a share of each parameter's largest: sums over
+# the chunks are taken in another order.
+GRADIENTS = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+# The same in float64 where released code goes through float32 on the way: for some parameters, or
+# for all behind its norms.
+GRADIENTS_ROUNDED = 1e-5
+
 # Embeddings, chunked against full, cosine distance: the project's promise to its users.
 COSINE = {torch.float32: 1e-6, torch.bfloat16: 1e-4}
 

@@ -1,0 +1,116 @@
+"""The hooks into sentence-transformers for training: a call of the model in chunks, with gradients.
+
+    model.training_chunk_size = 2048
+    model(features) -> Transformer: a stream of chunks -> Pooling: embeddings with exact gradients
+
+The size belongs to a run of training, not to the model: it is never stored.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from compat.hooks.own_chunks import KEYWORD
+from compat.hooks.refusals import TOKENS, check_features, check_modules, route
+from compat.hooks.stored_default import in_training
+from compat.stream.gradients import gradient_stream, trainable
+from compat.stream.rows import align_left, check_chunk_size
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+
+NAME = "training_chunk_size"
+
+Method = Callable[..., Any]
+Hold = Callable[[], AbstractContextManager[None]]
+
+
+class _Call(NamedTuple):
+    """A call of a model whose embeddings are to carry gradients.
+
+    Attributes:
+        size: Tokens in a vertical chunk.
+        modules: The modules that work on single tokens, before Pooling.
+    """
+
+    size: int
+    modules: list[nn.Module]
+
+
+_call: ContextVar[_Call | None] = ContextVar("compat_training", default=None)
+
+
+def _get(model: SentenceTransformer) -> int | None:
+    """Return the tokens in a chunk of a training step; None where texts are read at once."""
+    size: int | None = vars(model).get(NAME)
+    return size
+
+
+def _set(model: SentenceTransformer, value: int | None) -> None:
+    """Set the size if it is a valid one; None stands for the released way."""
+    vars(model)[NAME] = None if value is None else check_chunk_size(value, NAME)
+
+
+size_property = property(_get, _set)
+
+
+def hook_forward(held: Hold, original: Method) -> Method:
+    """Let a call of a model in training mode follow its size."""
+
+    @functools.wraps(original)
+    def forward(self: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
+        size = _get(self)
+        served = size is not None and kwargs.get(KEYWORD) is None and in_training(self)
+        if size is None or not served or torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        features = args[0] if args else kwargs["input"]
+        task = kwargs.get("task", features.get("task"))
+        met = route(list(self.children()), task)
+        if isinstance(module := getattr(met[0], "model", None), nn.Module):
+            trainable(module)  # It knows more of training than the checks below.
+        check_modules(self, True, task)
+        token = _call.set(_Call(size, _before_pooling(met)))
+        try:
+            with held():
+                return original(self, *args, **kwargs)
+        finally:
+            _call.reset(token)
+
+    return forward
+
+
+def _before_pooling(met: list[Any]) -> list[nn.Module]:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    return met[1 : [isinstance(module, Pooling) for module in met].index(True)]
+
+
+def hook_transformer(original: Method) -> Method:
+    """Let a Transformer give a stream of chunks in a call that carries gradients."""
+
+    @functools.wraps(original)
+    def forward(self: Transformer, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        call = _call.get()
+        if call is None:
+            return original(self, features, **kwargs)  # type: ignore[no-any-return]
+        check_features(self, {**features, **kwargs})
+        tokens, lengths = align_left(features["input_ids"], features.get("attention_mask"))
+        if (empty := (lengths == 0).nonzero()[:, 0]).numel():
+            raise ValueError(
+                f"Row {int(empty[0])} of attention_mask has no token: there is nothing to embed."
+            )
+        backbone, family = trainable(self.model)
+        features[TOKENS] = gradient_stream(
+            backbone, family, tokens, lengths, call.size, call.modules
+        )
+        return features
+
+    return forward
