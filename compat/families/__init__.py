@@ -12,6 +12,7 @@ __all__ = [
     "mamba2_kernels",
     "positions",
     "rwkv4",
+    "states",
     "supported",
     "tiny_models",
 ]
