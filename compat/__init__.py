@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from compat.families.lookup import supported_models_table
     from compat.hooks.report import LibraryStatus, Report
+    from compat.hooks.spans import encode_spans
     from compat.hooks.switch import (
         disable_vertical_chunking,
         enable_vertical_chunking,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     )
     from compat.stream.gradients import pooled
     from compat.stream.hidden_states import iter_chunks, last_hidden_state
+    from compat.stream.spans import spans_by_tokens
     from compat.stream.text import TextStream
     from compat.stream.tokenizer import StreamingTokenizer
 
@@ -52,10 +54,12 @@ __all__ = [
     "VerticalChunkingError",
     "disable_vertical_chunking",
     "enable_vertical_chunking",
+    "encode_spans",
     "iter_chunks",
     "last_hidden_state",
     "load_default_model",
     "pooled",
+    "spans_by_tokens",
     "status",
     "supported_models_table",
     "vertical_chunking",
@@ -80,6 +84,8 @@ _HOMES = {
         "vertical_chunking",
     ],
     "hooks.report": ["LibraryStatus", "Report"],
+    "hooks.spans": ["encode_spans"],
+    "stream.spans": ["spans_by_tokens"],
     "stream.text": ["TextStream"],
     "stream.tokenizer": ["StreamingTokenizer"],
 }

@@ -13,6 +13,7 @@ __all__ = [
     "mamba2_kernels",
     "positions",
     "rwkv4",
+    "states",
     "supported",
     "tiny_models",
 ]

@@ -115,6 +115,25 @@ def preprocess(
     return released([whole(text) for text in inputs]), {}
 
 
+def streaming(
+    released: Callable[[list[Any]], Any], reader: Any, prompt: str
+) -> tuple[StreamingTokenizer, int | None, Any]:
+    """Return the maker of a model's ids, the most of them that it reads, and a text's features.
+
+    Args:
+        released: Makes features of texts, as the released library does, with the prompt.
+        reader: The Transformer whose tokenizer it is.
+        prompt: What comes before each text.
+
+    Raises:
+        UnsupportedTokenizerError: The ids cannot be made piece by piece.
+    """
+    features = _of_probes(released, [TextStream([_PROBE])])
+    tokenizer, limit = _streaming(reader.tokenizer), _limit(reader.tokenizer)
+    _check_probe(tokenizer, features, 0, prompt, limit)
+    return tokenizer, limit, features
+
+
 def _of_probes(released: Callable[[list[Any]], Any], inputs: Sequence[Any]) -> Any:
     try:
         return released([_PROBE if is_long(text) else text for text in inputs])

@@ -74,14 +74,14 @@ def _run(
             if state is not None:
                 state = family.select_rows(state, kept)
         lengths = torch.tensor([len(ids) for ids in taken], device=rows.device)
-        tokens = _padded(taken, start).to(rows.device)
+        tokens = padded(taken, start).to(rows.device)
         hidden, state = family.forward(backbone, tokens, start, state)
         yield Chunk(start, rows, lengths, hidden)
         del hidden  # The next chunk's hidden states must not come on top of this one's.
         start += size
 
 
-def _padded(taken: Sequence[list[int]], start: int) -> Tensor:
+def padded(taken: Sequence[list[int]], start: int) -> Tensor:
     """The ids as rows, (n, width) int64, with zeros behind them.
 
     Released models take another path for a single token that continues a text: there are two.

@@ -31,13 +31,36 @@ def character_tokenizer(padding_side="right", end_of_text=False):
     )
 
 
+def word_tokenizer(end_of_text=False):
+    """Make a BPE of 64 ids with some merges, which leaves spaces out; emoji are unknown."""
+    letters = [*ALPHABET.replace(" ", "")]
+    merges = [("a", "b"), ("c", "d"), ("ab", "cd"), ("t", "h"), ("th", "e"), ("e", "r")]
+    names = ["<pad>", "<end>", "<unk>", *letters, *(a + b for a, b in merges)]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if end_of_text:
+        backend.post_processor = processors.TemplateProcessing(
+            single="$A <end>", special_tokens=[("<end>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
+    )
+
+
 def save_checkpoint(
-    folder, model_type="mamba2", *, padding_side="right", end_of_text=False, dtype=torch.float32
+    folder,
+    model_type="mamba2",
+    *,
+    padding_side="right",
+    end_of_text=False,
+    dtype=torch.float32,
+    tokenizer=None,
 ) -> str:
     """Save a tiny transformers model with its tokenizer, as `SentenceTransformer` loads it."""
     folder = Path(folder)
     tiny_model(model_type, dtype=dtype).save_pretrained(folder)
-    character_tokenizer(padding_side, end_of_text).save_pretrained(folder)
+    (tokenizer or character_tokenizer(padding_side, end_of_text)).save_pretrained(folder)
     return str(folder)
 
 
