@@ -5,10 +5,10 @@ import shutil
 import subprocess
 
 import pytest
-from test_forks import commit, make_sdist, patches, pin
 
 from ci import forks
 from ci.forks import __main__, _tree, roadmap
+from tests.ci.test_forks import commit, make_sdist, patches, pin
 
 TEST = """
 import tiny.core

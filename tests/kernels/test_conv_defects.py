@@ -341,20 +341,23 @@ def test_upstreams_reference_is_as_the_recurrence(emulated_conv, source):
             dtype=torch.int32,
         )
         # A row that begins with padding begins from zeros.
-        begun = initial * torch.tensor([1, 0, 1, 1, 0])[:, None, None]
-        for state in (begun, None):
+        begins = torch.tensor([1, 0, 1, 1, 0])[:, None, None]
+        for given in (initial, None):
+            # Each of the two has a graph of its own.
+            states = [None if given is None else given * begins for _ in range(2)]
             got = reference(
                 x,
                 weight,
                 bias,
-                initial_states=state,
+                initial_states=states[0],
                 return_final_states=True,
                 activation="silu",
                 seq_idx=seq_idx,
             )
-            expected = oracle(x, weight, bias, seq_idx=seq_idx, initial_states=state, silu=True)
+            kind = {"seq_idx": seq_idx, "silu": True}
+            expected = oracle(x, weight, bias, initial_states=states[1], **kind)
             check(got, expected, torch.float32)
-            inputs = (x, weight, bias) if state is None else (x, weight, bias, initial)
+            inputs = (x, weight, bias) if given is None else (x, weight, bias, initial)
             gradients = [torch.randn_like(t) for t in got]
             got = torch.autograd.grad(got, inputs, gradients)
             expected = torch.autograd.grad(expected, inputs, [g.double() for g in gradients])
