@@ -245,6 +245,16 @@ def test_gradients_add_up_in_bfloat16_too():
     assert sum(many.values()) <= 1.5 * sum(few.values())
 
 
+@pytest.mark.parametrize("model_type", sorted(CARRIERS))
+def test_borders_keep_states_alone(model_type):
+    """Look for views of a chunk, which would keep all of it."""
+    reading = embedded(cached_model(model_type), tokens(2, 60), 20).grad_fn.reading
+    kept = [part for border in reading.borders for part in border.state]
+    assert kept
+    for part in kept:
+        assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+
+
 def test_without_gradients_nothing_is_kept_and_the_embedding_is_the_same():
     model, ids = cached_model("mamba2"), tokens(2, 30)
     with torch.no_grad():
