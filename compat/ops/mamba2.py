@@ -241,29 +241,28 @@ def _forward(
     weight, A, dt_bias = conv1d_weight.to(dtype).t().contiguous(), A.to(dtype), dt_bias.to(dtype)
     bias = None if conv1d_bias is None else conv1d_bias.to(dtype)
     skip = (D if D.dim() == 2 else D[:, None].expand(-1, headdim)).to(dtype).flatten()
+    if rows is not None:
+        history, xbc = xbc[:, :before], xbc[:, before:]
     outs = []
-    for start in range(0, seqlen, piece):
-        end = min(start + piece, seqlen)
-        if rows is not None:
-            inputs, owners = xbc[:, start : end + before], ids[:, start : end + before]
-        elif start < before:
-            inputs, owners = torch.cat([history[:, start:], xbc[:, :end]], dim=1), None
-        else:
-            inputs, owners = xbc[:, start - before : end], None
+    # All are split at once: the backward of a slice would fill a tensor of the whole length.
+    pieces = zip(*(t.split(piece, dim=1) for t in (xbc, raw_dt, z)), strict=True)
+    for start, (xbc_, raw_dt_, z_) in zip(range(0, seqlen, piece), pieces, strict=True):
+        end = start + z_.shape[1]
+        inputs = torch.cat([history, xbc_], dim=1)
+        history = inputs[:, inputs.shape[1] - before :]
+        owners = None if rows is None else ids[:, start : end + before]
         convolved = _convolve(inputs.to(dtype), weight, bias, owners)
         if activation:
             convolved = silu(convolved)
         x, B, C = convolved.split([dim, grouped, grouped], dim=-1)
-        dt = softplus(raw_dt[:, start:end].to(dtype) + dt_bias).clamp(*dt_limit)
+        dt = softplus(raw_dt_.to(dtype) + dt_bias).clamp(*dt_limit)
         if rows is not None:
             dt = dt.masked_fill(~rows.real[:, start:end, None], 0.0)
             owners = rows.ids[:, [max(start - 1, 0), *range(start, end)]]
         x_, B, C = (t.unflatten(-1, (ngroups, -1)).transpose(1, 2) for t in (x, B, C))
         y, state = _scan(x_, dt, A, B, C, state, owners)
         y = torch.addcmul(y.transpose(1, 2).flatten(2), x, skip)
-        y = _gate(
-            y, z[:, start:end].to(dtype), rmsnorm_weight, rmsnorm_eps, ngroups, norm_before_gate
-        )
+        y = _gate(y, z_.to(dtype), rmsnorm_weight, rmsnorm_eps, ngroups, norm_before_gate)
         outs.append(y.to(zxbcdt.dtype))
     final_states = state.unflatten(3, (-1, headdim)).permute(0, 1, 3, 4, 2).flatten(1, 2)
     return torch.cat(outs, dim=1), final_states, final_conv_states.transpose(1, 2)

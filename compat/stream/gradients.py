@@ -221,9 +221,9 @@ class _Reading:
                     random = torch.get_rng_state(), *get_device_states(self.text.input_ids)
                     begin = [] if step.kept is None else state
                     self.borders.append(_Border(step, begin, self.pooling, random))
-                state, self.pooling = self._run(
-                    step, state, self.pooling, self.pooling.accumulators
-                )
+                sums = self.pooling.accumulators
+                state, self.pooling = self._run(step, state, self.pooling, sums)
+                state = [_alone(part) for part in state]
             result = self.pooling.finalize()
         self._made_of = self._parts()
         return result
@@ -364,6 +364,12 @@ def _steps(text: _Text) -> Iterator[_Step]:
                 break
             kept = alive if start else None
             yield _Step(start, stop_of(start, end, longest), rows, kept)
+
+
+def _alone(part: Tensor) -> Tensor:
+    """Return a tensor that keeps no more memory than its own, as a view of a chunk's would."""
+    own = part.numel() * part.element_size()
+    return part.clone() if part.untyped_storage().nbytes() > own else part
 
 
 def _autocast_of(kind: str) -> dict[str, Any]:

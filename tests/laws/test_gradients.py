@@ -213,6 +213,32 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other():
     assert not embedded(model, ids).requires_grad
 
 
+class LowRank(torch.nn.Module):
+    """A projection with an adapter of rank 2, of a class that no tiny model stands for."""
+
+    def __init__(self, released):
+        super().__init__()
+        self.released = released
+        self.down = torch.nn.Linear(released.in_features, 2, bias=False, dtype=DOUBLE)
+        self.up = torch.nn.Linear(2, released.out_features, bias=False, dtype=DOUBLE)
+
+    def forward(self, hidden):
+        return self.released(hidden) + self.up(self.down(hidden))
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
+def test_adapters_of_a_frozen_model(model_type):
+    options = {"residual_in_fp32": False}
+    model = tiny_model(model_type, DOUBLE, **options).requires_grad_(False)
+    for layer in model.layers:
+        layer.mixer.in_proj = LowRank(layer.mixer.in_proj)
+    ids = tokens(2, 30)
+    found = gradients_of(embedded(model, ids, pooling_mode="lasttoken"), model)
+    wanted = gradients_of(in_one_pass(model, ids, torch.ones_like(ids), "lasttoken"), model)
+    assert len(found) == 2 * len(model.layers)
+    assert max(off(found, wanted).values()) <= GRADIENTS[DOUBLE]
+
+
 @pytest.mark.parametrize("model_type", sorted(CARRIERS))
 def test_autocast_in_bfloat16(model_type):
     model = cached_model(model_type)
@@ -243,6 +269,16 @@ def test_gradients_add_up_in_bfloat16_too():
     exact = gradients_of(embedded(cached_model("mamba2"), ids, 100), cached_model("mamba2"))
     many, few = (off(gradients_of(embedded(model, ids, size), model), exact) for size in (4, 400))
     assert sum(many.values()) <= 1.5 * sum(few.values())
+
+
+@pytest.mark.parametrize("model_type", sorted(CARRIERS))
+def test_borders_keep_states_alone(model_type):
+    """Look for views of a chunk, which would keep all of it."""
+    reading = embedded(cached_model(model_type), tokens(2, 60), 20).grad_fn.reading
+    kept = [part for border in reading.borders for part in border.state]
+    assert kept
+    for part in kept:
+        assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
 
 
 def test_without_gradients_nothing_is_kept_and_the_embedding_is_the_same():

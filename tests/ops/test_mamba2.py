@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from support import ssd_oracle
 from support.ssd_oracle import error
 from support.tolerances import KERNEL_SSD, KERNEL_SSD_SLACK, NO_WORSE_FACTOR
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ci.bench import profile_layer
 from compat import ops
@@ -340,3 +341,30 @@ def test_the_profile_of_a_layer_runs(capsys):
     printed = capsys.readouterr().out
     for part in ("the floor", "op, torch", "norm and residual", "torch.bfloat16"):
         assert part in printed
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers that all operations write, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for part in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(part, torch.Tensor) and not func.is_view:
+                self.count += part.numel()
+        return found
+
+
+def test_the_backward_takes_time_in_proportion_to_the_length():
+    def written(length):
+        zxbcdt = torch.randn(1, length, 2 * 32 + 2 * 8 + 2, requires_grad=True)
+        weights = torch.randn(48, 4), torch.randn(48), torch.zeros(2), -torch.ones(2), torch.ones(2)
+        out = mamba2.mamba_split_conv1d_scan_combined(zxbcdt, *weights, headdim=16)
+        with Written() as numbers:
+            out.sum().backward()
+        return numbers.count
+
+    assert written(64 * 64) <= 4.2 * written(64 * 16)
