@@ -1,10 +1,11 @@
-"""Tokens in chunks through a model, and pooling over them.
+"""Tokens in chunks through a model, and pooling over them; texts in pieces, spans of them.
 
 Other rooms use the modules of `__all__`; the others are the room's own.
 """
 
 __all__ = [
     "chunk",
+    "growing_text",
     "hidden_states",
     "loop",
     "pooling",
