@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         VerticalChunkingError,
     )
     from compat.families.lookup import supported_models_table
+    from compat.hooks.reader import Reader
     from compat.hooks.report import LibraryStatus, Report
     from compat.hooks.spans import encode_spans
     from compat.hooks.switch import (
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LibraryStatus",
+    "Reader",
     "Report",
     "StreamingTokenizer",
     "TextStream",
@@ -83,6 +85,7 @@ _HOMES = {
         "status",
         "vertical_chunking",
     ],
+    "hooks.reader": ["Reader"],
     "hooks.report": ["LibraryStatus", "Report"],
     "hooks.spans": ["encode_spans"],
     "stream.spans": ["spans_by_tokens"],

@@ -1,4 +1,4 @@
-"""Tokens in chunks through a model, and pooling over them.
+"""Tokens in chunks through a model, and pooling over them; texts in pieces, spans of them.
 
 Other rooms use the modules of `__all__`; the others are the room's own.
 """
@@ -6,6 +6,7 @@ Other rooms use the modules of `__all__`; the others are the room's own.
 __all__ = [
     "chunk",
     "gradients",
+    "growing_text",
     "hidden_states",
     "loop",
     "pooling",

@@ -145,7 +145,7 @@ class StreamingTokenizer:
         text = ""  # What is held; its first characters and tokens have been given out before.
         given, known, begin = 0, list[int](), 0
         parts, size, wanted = list[str](), 0, self.window
-        for part in _cut(pieces, self.window):
+        for part in cut(pieces, self.window):
             parts.append(part)
             size += len(part)
             if size < wanted:
@@ -154,16 +154,16 @@ class StreamingTokenizer:
             seam = self._seams.last(text, given + 1, len(text))
             if seam is None:
                 if size - given > LONGEST:
-                    raise self._endless(begin + given)
+                    raise self.endless(begin + given)
                 parts, wanted = [text], min(2 * size, given + LONGEST + 1)
                 continue
             yield self._new(text[:seam], known, begin, with_offsets)
-            start, known = self._context(text, seam)
+            start, known = self.context(text, seam)
             text, given, begin = text[start:], seam - start, begin + start
             parts, size, wanted = [text], len(text), len(text) + self.window
         yield self._new("".join(parts), known, begin, with_offsets)
 
-    def _context(self, text: str, seam: int) -> tuple[int, list[int]]:
+    def context(self, text: str, seam: int) -> tuple[int, list[int]]:
         """Find where the next window begins, a seam before its own part, and the tokens till then.
 
         There is one token at least, since the first one of a window may have other offsets.
@@ -174,6 +174,14 @@ class StreamingTokenizer:
             if ids := self._encode(text[start or 0 : seam], False).ids:
                 return start or 0, ids
         return 0, []
+
+    def last_seam(self, text: str, low: int) -> int | None:
+        """The last place from `low` on where the text may be cut; None if there is none."""
+        return self._seams.last(text, low, len(text))
+
+    def ids_behind(self, text: str, known: list[int]) -> list[int]:
+        """The ids of a text behind those that are known of it, which are its first ones."""
+        return self._new(text, known, 0, False).ids
 
     def _new(self, text: str, known: list[int], begin: int, with_offsets: bool) -> _Slice:
         """The tokens of a text behind those that are known of it."""
@@ -199,7 +207,8 @@ class StreamingTokenizer:
             raise unsupported("special tokens that are not those of its template")
         return before, after
 
-    def _endless(self, position: int) -> UnsupportedTokenizerError:
+    def endless(self, position: int) -> UnsupportedTokenizerError:
+        """Return the error for a text without a seam from a position on."""
         return UnsupportedTokenizerError(
             f"{LONGEST:,} characters from position {position:,} of the text on that this "
             "tokenizer may make one token of, or whose tokens depend on one another",
@@ -227,7 +236,7 @@ def _backend(tokenizer: Any) -> Tokenizer:
     return backend
 
 
-def _cut(pieces: Iterable[str], size: int) -> Iterator[str]:
+def cut(pieces: Iterable[str], size: int) -> Iterator[str]:
     """Cut a text into pieces of at most `size` characters."""
     for piece in [pieces] if isinstance(pieces, str) else pieces:
         if len(piece) <= size:

@@ -403,7 +403,7 @@ def without_bytes(patch):
 
 
 def without_context(patch):
-    patch.setattr(streaming.StreamingTokenizer, "_context", lambda self, text, seam: (seam, []))
+    patch.setattr(streaming.StreamingTokenizer, "context", lambda self, text, seam: (seam, []))
 
 
 def without_stripping(patch):
