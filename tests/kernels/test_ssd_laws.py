@@ -156,14 +156,18 @@ PER_TOKEN = ("x", "dt", "B", "C", "z", "zxbcdt")
 STATES = ("initial_states", "initial_conv_states")
 
 
-def in_pieces(call, ops, case: Case, leaves: dict) -> list[torch.Tensor]:
-    """Make `call` piece by piece, and join the results."""
+def in_pieces(
+    call, ops, case: Case, leaves: dict, behind_padding: bool = False
+) -> list[torch.Tensor]:
+    """Make `call` piece by piece, and join the results.
+
+    The kernels have no place for the convolution's state of a row that begins with padding, and
+    drop it; what takes it, `behind_padding`, is given it.
+    """
     seq_idx = case.seq_idx
     bounds = [0, *case.splits, case.shape[1]]
     states: dict[str, torch.Tensor] = {n: leaves[n] for n in STATES if n in leaves}
-    if seq_idx is not None and "initial_conv_states" in states:
-        # The convolution of a row that begins with padding begins from zeros: it has no place for
-        # another state, and drops it.
+    if seq_idx is not None and "initial_conv_states" in states and not behind_padding:
         begins = (seq_idx[:, 0] != PAD) | (seq_idx == PAD).all(1)
         states["initial_conv_states"] = leaves["initial_conv_states"] * begins[:, None, None]
     outs, last_id = [], None
