@@ -23,14 +23,18 @@ import tempfile
 import tomllib
 import venv
 import warnings
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from ci.tables import markers
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
@@ -115,56 +119,60 @@ def judged(errors: list[float]) -> str:
     return f"{WRONG}, {max(wrong):.1g}" if wrong else RIGHT
 
 
+def attempted(probe: Callable[[], T]) -> T | str:
+    """Return the verdict of a probe, or its error as one."""
+    import compat
+
+    try:
+        return probe()
+    except compat.VerticalChunkingError as error:
+        return f"{REFUSED}: {error.found}"
+    except Exception as error:
+        return f"{WRONG}, {type(error).__name__}: {error}"
+
+
 def model(name: str) -> str:
     """Return the verdict on a tiny model of a family that is read in chunks."""
+    return attempted(partial(_read, name))
+
+
+def _read(name: str) -> str:
     import torch
 
-    import compat
     from ci.tables.families import LEFT_PADDING, NO_PADDING, in_chunks
     from compat.installed.recurrent_cache import require_support
 
     families: Any = importlib.import_module("support.families")
+    require_support()
     try:
-        require_support()
-        try:
-            tiny = families.tiny_model(name)
-        except Exception as error:
-            return f"{UNTRIED}, {type(error).__name__}: {error}"
-        ids = families.tokens(3, 36)
-        errors = []
-        for left, right in (
-            (NO_PADDING, NO_PADDING),
-            (LEFT_PADDING, NO_PADDING),
-            (NO_PADDING, MIXED_LENGTHS),
-        ):
-            found = in_chunks(tiny, ids, left, right)
-            for row, hidden, n, m in zip(ids, found, left, right, strict=True):
-                real = slice(n, len(row) - m)
-                with torch.no_grad():
-                    whole = tiny(row[None, real], use_cache=False)[0][0]
-                errors.append(float((hidden[real] - whole).abs().max()))
-        return judged(errors)
-    except compat.VerticalChunkingError as error:
-        return f"{REFUSED}: {error.found}"
+        tiny = families.tiny_model(name)
     except Exception as error:
-        return f"{WRONG}, {type(error).__name__}: {error}"
+        return f"{UNTRIED}, {type(error).__name__}: {error}"
+    ids = families.tokens(3, 36)
+    errors = []
+    for left, right in (
+        (NO_PADDING, NO_PADDING),
+        (LEFT_PADDING, NO_PADDING),
+        (NO_PADDING, MIXED_LENGTHS),
+    ):
+        found = in_chunks(tiny, ids, left, right)
+        for row, hidden, n, m in zip(ids, found, left, right, strict=True):
+            real = slice(n, len(row) - m)
+            with torch.no_grad():
+                whole = tiny(row[None, real], use_cache=False)[0][0]
+            errors.append(float((hidden[real] - whole).abs().max()))
+    return judged(errors)
 
 
 def encode() -> str:
-    """Return the verdict on a text that a tiny Mamba2 encodes in chunks."""
+    """Return the verdict on a text that a tiny Mamba2 encodes in chunks, with the hooks on."""
+    return attempted(_encoded)
+
+
+def _encoded() -> str:
     import compat
 
-    try:
-        compat.enable_vertical_chunking()
-        return encoded()
-    except compat.VerticalChunkingError as error:
-        return f"{REFUSED}: {error.found}"
-    except Exception as error:
-        return f"{WRONG}, {type(error).__name__}: {error}"
-
-
-def encoded() -> str:
-    """Compare the embedding of a text in chunks with that in one pass."""
+    compat.enable_vertical_chunking()
     embedders: Any = importlib.import_module("support.embedders")
     with tempfile.TemporaryDirectory() as folder:
         model = embedders.embedder(embedders.save_checkpoint(folder))

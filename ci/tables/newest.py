@@ -88,19 +88,7 @@ def inside() -> dict[str, Any]:
         "new types": new_types,
         "status": lambda: str(compat.status()),
     }
-    return found | {name: attempted(probe) for name, probe in probes.items()}
-
-
-def attempted(probe: Callable[[], Any]) -> Any:
-    """Return the verdict of a probe, or its error in the words of `ci.tables.matrix`."""
-    import compat
-
-    try:
-        return probe()
-    except compat.VerticalChunkingError as error:
-        return f"{matrix.REFUSED}: {error.found}"
-    except Exception as error:
-        return f"{matrix.WRONG}, {type(error).__name__}: {error}"
+    return found | {name: matrix.attempted(probe) for name, probe in probes.items()}
 
 
 def hooks() -> str:

@@ -6,14 +6,14 @@ so here a state is assigned, never written into.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import LinearAttentionLayer
 
 from compat.errors import UnsupportedVersionError
 from compat.families.base import Family
@@ -36,45 +36,66 @@ class Carrier(Protocol):
         """Return the tensors of the state that a chunk has left."""
 
 
-class _Layer(LinearAttentionLayer):
-    """A recurrent layer's cache whose states are replaced by new tensors."""
+@functools.cache
+def _layer_classes() -> tuple[Any, Any]:
+    """Return the released class of a recurrent layer's cache, and that whose states are replaced.
 
-    def update_conv_state(
-        self,
-        conv_states: Tensor,
-        state_idx: int = 0,
-        conv_kernel_size: int | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Take in inputs of the convolution, (batch, dim, seqlen); return them after the state."""
-        width = conv_kernel_size or conv_states.shape[-1]
-        before = self.conv_states[state_idx]
-        if before is None:
-            inputs = pad(conv_states, (max(width - conv_states.shape[-1], 0), 0))
-        else:
-            inputs = torch.cat([before, conv_states], dim=-1)
-        self.assign(state_idx, conv=inputs[..., -width:])
-        return inputs
+    They are not made at import: where a release has no such class, only training in chunks is lost.
+    """
+    try:
+        from transformers.cache_utils import LinearAttentionLayer
+    except ImportError as error:
+        raise _no_assignment(f"no LinearAttentionLayer in {error.name}") from error
 
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any
-    ) -> Tensor:
-        """Take over a recurrent state."""
-        self.assign(state_idx, recurrent=recurrent_states)
-        return recurrent_states
+    class Assigned(LinearAttentionLayer):
+        """A layer whose states are replaced by new tensors."""
 
-    def assign(
-        self, state_idx: int, conv: Tensor | None = None, recurrent: Tensor | None = None
-    ) -> None:
-        """Put states where the released layer has them."""
-        if conv is not None:
-            self.conv_states[state_idx] = conv
-            self.is_conv_states_initialized[state_idx] = True
-            self.__dict__.update(device=conv.device, dtype=conv.dtype)  # As None they are typed.
-        if recurrent is not None:
-            self.recurrent_states[state_idx] = recurrent
-            self.is_recurrent_states_initialized[state_idx] = True
-        self.has_previous_state[state_idx] = True
+        def update_conv_state(
+            self,
+            conv_states: Tensor,
+            state_idx: int = 0,
+            conv_kernel_size: int | None = None,
+            **kwargs: Any,
+        ) -> Tensor:
+            """Take in inputs, (batch, dim, seqlen), and return them after the state."""
+            width = conv_kernel_size or conv_states.shape[-1]
+            before = self.conv_states[state_idx]
+            if before is None:
+                inputs = pad(conv_states, (max(width - conv_states.shape[-1], 0), 0))
+            else:
+                inputs = torch.cat([before, conv_states], dim=-1)
+            self.assign(state_idx, conv=inputs[..., -width:])
+            return inputs
+
+        def update_recurrent_state(
+            self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any
+        ) -> Tensor:
+            """Take over a recurrent state."""
+            self.assign(state_idx, recurrent=recurrent_states)
+            return recurrent_states
+
+        def assign(
+            self, state_idx: int, conv: Tensor | None = None, recurrent: Tensor | None = None
+        ) -> None:
+            """Put states where the released layer has them."""
+            if conv is not None:
+                self.conv_states[state_idx] = conv
+                self.is_conv_states_initialized[state_idx] = True
+                self.__dict__.update(
+                    device=conv.device, dtype=conv.dtype
+                )  # As None they are typed.
+            if recurrent is not None:
+                self.recurrent_states[state_idx] = recurrent
+                self.is_recurrent_states_initialized[state_idx] = True
+            self.has_previous_state[state_idx] = True
+
+    return LinearAttentionLayer, Assigned
+
+
+def _no_assignment(found: str) -> UnsupportedVersionError:
+    return UnsupportedVersionError(
+        found, "layers whose states can be assigned", 'pip install "transformers==5.24"'
+    )
 
 
 class _InCache:
@@ -87,18 +108,15 @@ class _InCache:
         input_ids: Tensor,
         tensors: Sequence[Tensor] | None,
     ) -> Any:
-        cache = DynamicCache(config=backbone.config)
+        cache: Any = DynamicCache(config=backbone.config)
         given = iter(tensors or ())
+        released, assigned = _layer_classes()
         for layer in cache.layers:
-            if type(layer) is not LinearAttentionLayer or not isinstance(layer.conv_states, dict):
-                raise UnsupportedVersionError(
-                    f"a cache layer of the class {type(layer).__name__}",
-                    "layers whose states can be assigned",
-                    'pip install "transformers==5.24"',
-                )
-            layer.__class__ = _Layer
+            if type(layer) is not released or not isinstance(layer.conv_states, dict):
+                raise _no_assignment(f"a cache layer of the class {type(layer).__name__}")
+            layer.__class__ = assigned
             if tensors is not None:
-                cast(_Layer, layer).assign(0, conv=next(given), recurrent=next(given))
+                layer.assign(0, conv=next(given), recurrent=next(given))
         return cache
 
     def tensors(self, state: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -40,11 +41,46 @@ _SHARE = 0.25
 # The packages whose classes of modules the tiny models are made of.
 _OWN = ("torch", "transformers", "kernels")
 
-_lock = threading.RLock()
-_classes: dict[tuple[type, str, str], str] = {}
-# For each model, the parts that it consisted of when it was checked, and the verdict.
-_models: weakref.WeakKeyDictionary[PreTrainedModel, tuple[object, str]]
-_models = weakref.WeakKeyDictionary()
+
+class Verdicts:
+    """Answers to a question about models, each asked once: of a class, or of the model in hand.
+
+    Args:
+        ask: Is given a model without its head and how its state is carried; says in which way the
+            model fails, and returns an empty str where it does not.
+    """
+
+    def __init__(self, ask: Callable[[PreTrainedModel, Family], str]) -> None:
+        self._ask = ask
+        self._lock = threading.RLock()
+        self.classes: dict[tuple[type, str, str], str] = {}
+        # For each model, the parts that it consisted of when it was asked, and the verdict.
+        self.models: weakref.WeakKeyDictionary[PreTrainedModel, tuple[object, str]]
+        self.models = weakref.WeakKeyDictionary()
+
+    def of(self, backbone: PreTrainedModel, family: Family) -> str:
+        """Return the verdict on a model, which is asked where nothing is known of it."""
+        key = (type(backbone), backbone.device.type, ops.backend())
+        own = _is_own(backbone)
+        made_of: object = key if own else (_parts(backbone), *key)
+        known, reason = self.models.get(backbone, (made_of, None))
+        if known != made_of or reason is None:
+            reason = self.classes.get(key) if own else None
+        if reason is not None:
+            return reason
+        with self._lock:
+            tiny = _tiny_of(backbone) if own else None
+            reason = self._ask(tiny or backbone, family)
+            if tiny is not None:
+                self.classes[key] = reason
+            else:
+                self.models[backbone] = made_of, reason
+        return reason
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        """Pass over the names of classes of which a model was asked, with the answers."""
+        yield from ((cls.__name__, reason) for (cls, *_), reason in self.classes.items())
+        yield from ((type(model).__name__, reason) for model, (_, reason) in self.models.items())
 
 
 class _Errors(NamedTuple):
@@ -71,16 +107,7 @@ def require_exact(backbone: PreTrainedModel, family: Family) -> None:
             has the difference or the error.
     """
     _require_independence(backbone)
-    key = (type(backbone), backbone.device.type, ops.backend())
-    own = _is_own(backbone)
-    made_of: object = key if own else (parts_of(backbone), *key)
-    known, reason = _models.get(backbone, (made_of, None))
-    if known != made_of or reason is None:
-        reason = _classes.get(key) if own else None
-    if reason is None:
-        with _lock:
-            reason = _ask(backbone, family, key, own, made_of)
-    if reason:
+    if reason := verdicts.of(backbone, family):
         installed = f"transformers {transformers.__version__}"
         raise UnsupportedModelError(
             f"{type(backbone).__name__} with {installed}, which {reason}",
@@ -92,31 +119,10 @@ def require_exact(backbone: PreTrainedModel, family: Family) -> None:
 
 def asked() -> dict[str, str]:
     """Return the verdict on each class or model checked: empty where it is exact, else why not."""
-    found = {cls.__name__: reason for (cls, *_), reason in _classes.items()}
-    return found | {type(model).__name__: reason for model, (_, reason) in _models.items()}
+    return dict(verdicts)
 
 
-def _ask(
-    backbone: PreTrainedModel,
-    family: Family,
-    key: tuple[type, str, str],
-    own: bool,
-    made_of: object,
-) -> str:
-    tiny = _tiny_of(backbone) if own else None
-    if tiny is not None:
-        _classes[key] = reason = _why_not(tiny, family)
-    else:
-        _models[backbone] = made_of, (reason := _why_not(backbone, family))
-    return reason
-
-
-def stand_in(backbone: PreTrainedModel) -> PreTrainedModel | None:
-    """Return the tiny model that stands for a model; None where only itself does."""
-    return _tiny_of(backbone) if _is_own(backbone) else None
-
-
-def parts_of(backbone: PreTrainedModel) -> tuple[object, ...]:
+def _parts(backbone: PreTrainedModel) -> tuple[object, ...]:
     """Return what a model consists of, to compare it with another time."""
     return tuple((id(m), type(m), "forward" in vars(m)) for m in backbone.modules())
 
@@ -218,3 +224,6 @@ def _errors(found: list[Tensor], whole: list[Tensor]) -> _Errors:
     ]
     behind = torch.cat([row[_CHUNKS[0][1] :] for row in differences])
     return _Errors(max(float(row.max()) for row in differences), float(behind.mean()))
+
+
+verdicts = Verdicts(_why_not)

@@ -8,7 +8,6 @@ gradients are compared.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -21,7 +20,7 @@ from compat import ops
 from compat.errors import UnsupportedModelError
 from compat.families.base import Family
 from compat.families.carried import CARRIERS
-from compat.families.exact import parts_of, stand_in
+from compat.families.exact import Verdicts
 from compat.families.in_chunk import differentiable
 from compat.families.lookup import FAMILIES
 from compat.installed.behaviour import in_eval_mode, shielded
@@ -33,10 +32,6 @@ _TOLERANCE = 1e-3
 _SHARE = 0.25
 _ENDS = (0, 9, 11, 20)
 _ELSE = "train it in one pass, without chunks"
-
-_models: weakref.WeakKeyDictionary[PreTrainedModel, tuple[object, str]]
-_models = weakref.WeakKeyDictionary()
-_classes: dict[object, str] = {}
 
 
 def run(
@@ -116,7 +111,9 @@ def require_gradients(backbone: PreTrainedModel, family: Family) -> None:
             "one process for each device, as with DistributedDataParallel",
             "start it with torchrun or accelerate launch",
         )
-    if reason := _verdict(backbone, family):
+    if not any(p.requires_grad for p in backbone.parameters()):
+        return  # A module behind it is trained, and its gradients need no state.
+    if reason := verdicts.of(backbone, family):
         raise UnsupportedModelError(
             f"{name}, which {reason}",
             "layers that are differentiable in the state that they begin from and give out",
@@ -132,28 +129,10 @@ def _is_sharded(backbone: PreTrainedModel) -> bool:
     )
 
 
-def _verdict(backbone: PreTrainedModel, family: Family) -> str:
-    """Say why a model does not carry gradients; empty where it does. Each class is asked once."""
-    key = (type(backbone), backbone.device.type, ops.backend())
-    tiny = stand_in(backbone)
-    if tiny is not None:
-        if key not in _classes:
-            _classes[key] = _why_not(tiny, family)
-        return _classes[key]
-    made_of = parts_of(backbone), *key
-    known, reason = _models.get(backbone, (None, ""))
-    if known != made_of:
-        reason = _why_not(backbone, family)
-        _models[backbone] = made_of, reason
-    return reason
-
-
 def _why_not(model: PreTrainedModel, family: Family) -> str:
     """Say in which way a model does not carry gradients; empty where it does."""
     with shielded(), model.device, in_eval_mode(model), torch.enable_grad():
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not named:  # A module behind it is trained, and its gradients need no state.
-            return ""
         vocabulary = cast(Any, model.get_input_embeddings()).weight.shape[0]
         generator = torch.Generator("cpu").manual_seed(0)
         ids = torch.randint(3, vocabulary, (2, _ENDS[-1]), generator=generator, device="cpu")
@@ -204,3 +183,6 @@ def _errors(wanted: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> 
         scale = max(float(one.abs().max()), torch.finfo(torch.float32).tiny)
         errors.append(float((one.double() - other.double()).abs().max()) / scale)
     return errors
+
+
+verdicts = Verdicts(_why_not)

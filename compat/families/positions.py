@@ -10,11 +10,12 @@ of text among the rows.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,31 +24,41 @@ from transformers import PreTrainedModel
 
 from compat.errors import UnsupportedModelError
 
+Settled = AbstractContextManager[None]
 
-@contextmanager
-def settled(backbone: PreTrainedModel, lengths: Tensor) -> Iterator[None]:
-    """Rotate the positions of a chunk as those of the whole text are, in this thread.
+
+def settling(backbone: PreTrainedModel, longest: int) -> Callable[[Tensor], Settled]:
+    """Look at how a model's positions are rotated, once for all chunks of some texts.
 
     Args:
         backbone: The model without its head.
-        lengths: (batch,) int64, the number of tokens of each row's whole text.
+        longest: Tokens of the longest text.
+
+    Returns:
+        A function of (batch,) int64, the number of tokens of each row's whole text. It returns a
+        context in which the positions of a chunk are rotated as those of the whole text are, in
+        this thread.
 
     Raises:
         UnsupportedModelError: The base depends on the length, and it is not known where the model
             takes it from.
     """
-    if (found := _setting(backbone.config, int(lengths.max()))) is None:
-        yield
-        return
+    if (found := _setting(backbone.config, longest)) is None:
+        return lambda lengths: nullcontext()
     name, kind, limit = found
     modules = [m for m in backbone.modules() if _follows_length(getattr(m, "rope_type", None))]
     if not modules or any("position_ids" not in _parameters(m) for m in modules):
         raise UnsupportedModelError(
-            f"a text of {int(lengths.max())} tokens for a {backbone.config.model_type} with {name} "
+            f"a text of {longest} tokens for a {backbone.config.model_type} with {name} "
             f"of type {kind!r}, whose base depends on the length of a call from {limit} tokens on",
             f"texts of fewer than {limit} tokens, or positions of another type",
             "encode it without vertical_chunk_size, or split the text yourself",
         )
+    return functools.partial(_settled, modules)
+
+
+@contextmanager
+def _settled(modules: Sequence[nn.Module], lengths: Tensor) -> Iterator[None]:
     thread = threading.get_ident()
 
     def whole(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from compat.families.base import Family
 from compat.hooks.own_chunks import KEYWORD
 from compat.hooks.refusals import TOKENS, check_features, check_modules, route
 from compat.hooks.stored_default import in_training
@@ -37,10 +39,14 @@ class _Call(NamedTuple):
     """A call of a model whose embeddings are to carry gradients.
 
     Attributes:
+        backbone: The model without its head.
+        family: How its state is carried.
         size: Tokens in a vertical chunk.
         modules: The modules that work on single tokens, before Pooling.
     """
 
+    backbone: PreTrainedModel
+    family: Family
     size: int
     modules: list[nn.Module]
 
@@ -74,10 +80,12 @@ def hook_forward(held: Hold, original: Method) -> Method:
         features = args[0] if args else kwargs["input"]
         task = kwargs.get("task", features.get("task"))
         met = route(list(self.children()), task)
-        if isinstance(module := getattr(met[0], "model", None), nn.Module):
-            trainable(module)  # It knows more of training than the checks below.
+        module = getattr(met[0], "model", None)
+        # Before the checks of the modules: it knows more of training.
+        found = trainable(module) if isinstance(module, nn.Module) else None
         check_modules(self, True, task)
-        token = _call.set(_Call(size, _before_pooling(met)))
+        assert found is not None  # A first module without a model does not pass the checks.
+        token = _call.set(_Call(*found, size, _before_pooling(met)))
         try:
             with held():
                 return original(self, *args, **kwargs)
@@ -107,9 +115,8 @@ def hook_transformer(original: Method) -> Method:
             raise ValueError(
                 f"Row {int(empty[0])} of attention_mask has no token: there is nothing to embed."
             )
-        backbone, family = trainable(self.model)
         features[TOKENS] = gradient_stream(
-            backbone, family, tokens, lengths, call.size, call.modules
+            call.backbone, call.family, tokens, lengths, call.size, call.modules
         )
         return features
 

@@ -30,9 +30,8 @@ from compat.families.lookup import backbone_of
 from compat.installed.recurrent_cache import require_support
 from compat.stream.chunk import Chunk
 from compat.stream.hidden_states import check_inputs
-from compat.stream.loop import stop_of
 from compat.stream.pooling import StreamingPooling, TokenStream
-from compat.stream.rows import Window, align_left, batches, check_chunk_size, windows
+from compat.stream.rows import Step, Window, align_left, batches, check_chunk_size, steps, windows
 
 Map = Callable[[Tensor], Tensor]
 """A function of single tokens, (batch, chunk, dim) to (batch, chunk, another dim)."""
@@ -171,28 +170,16 @@ class _Text(NamedTuple):
     lengths: Tensor
     parts: Sequence[Window]
 
-
-class _Step(NamedTuple):
-    """One run through all layers.
-
-    Attributes:
-        start: The first token.
-        stop: Behind the last one.
-        rows: (n,) int64, the rows of the batch that are run.
-        kept: (n,) int64, their places among the rows of the step before, from whose state they go
-            on; None where they begin.
-    """
-
-    start: int
-    stop: int
-    rows: Tensor
-    kept: Tensor | None
+    def steps(self) -> Iterator[Step]:
+        """List the runs through all layers: batches of rows one after another."""
+        for rows in batches(self.lengths, self.parts):
+            yield from steps(rows, self.lengths, self.parts)
 
 
 class _Border(NamedTuple):
     """The beginning of a step: the model's state, the pooling, and the random numbers."""
 
-    step: _Step
+    step: Step
     state: list[Tensor]
     pooling: StreamingPooling
     random: Any
@@ -216,7 +203,7 @@ class _Reading:
         self._through = any(p.requires_grad for p in self.text.backbone.parameters())
         state: list[Tensor] = []
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(**self._autocast):
-            for step in _steps(self.text):
+            for step in self.text.steps():
                 if keep:
                     random = torch.get_rng_state(), *get_device_states(self.text.input_ids)
                     begin = [] if step.kept is None else state
@@ -300,18 +287,17 @@ class _Reading:
         return state, back, found[len(sums) :]
 
     def _run(
-        self, step: _Step, state: list[Tensor], pooling: StreamingPooling, sums: Sequence[Tensor]
+        self, step: Step, state: list[Tensor], pooling: StreamingPooling, sums: Sequence[Tensor]
     ) -> tuple[list[Tensor], StreamingPooling]:
         """Run a step from a state and the pooling's accumulators; none of them is changed."""
-        text, rows = self.text, step.rows
+        text = self.text
         tensors = None if step.kept is None else [part[step.kept] for part in state]
-        tokens = text.input_ids[rows, step.start : step.stop]
+        tokens = text.input_ids[step.rows, step.start : step.stop]
         hidden, after = run(text.backbone, text.family, tokens, step.start, tensors)
         for function in self.maps:
             hidden = function(hidden)
         pooling = pooling.resumed(sums)
-        lengths = (text.lengths[rows] - step.start).clamp(max=hidden.shape[1])
-        pooling.update(Chunk(step.start, rows, lengths, hidden))
+        pooling.update(Chunk(step.start, step.rows, step.lengths, hidden))
         return after, pooling
 
     def _parts(self) -> list[object]:
@@ -350,20 +336,6 @@ class _Pooled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return None, *ctx.reading.backward(gradients[0], ctx.parameters)
-
-
-def _steps(text: _Text) -> Iterator[_Step]:
-    """List the runs through all layers: batches of rows one after another, each part by part."""
-    for rows in batches(text.lengths, text.parts):
-        longest = int(text.lengths[rows].max())
-        kept: Tensor | None = None
-        for start, end in text.parts:
-            alive = (text.lengths[rows] > start).nonzero()[:, 0]
-            rows = rows[alive]
-            if not len(rows):
-                break
-            kept = alive if start else None
-            yield _Step(start, stop_of(start, end, longest), rows, kept)
 
 
 def _alone(part: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compat.families.base import Family
-from compat.families.positions import settled
+from compat.families.positions import settling
 from compat.stream.chunk import Chunk
-from compat.stream.rows import Window, batches
+from compat.stream.rows import Window, batches, steps
 
 
 @functools.cache
@@ -72,23 +72,15 @@ def run_together(
     """`stream` of some rows, (n,) int64, as one batch that rows leave after their last part."""
     if family.grows:
         warn_that_it_grows(str(backbone.config.model_type))
-    longest = int(lengths[rows].max())
+    settled = settling(backbone, int(lengths[rows].max()))
     state: Any = None
-    for start, end in parts:
-        alive = (lengths[rows] > start).nonzero()[:, 0]
-        if len(alive) < len(rows):
-            rows = rows[alive]
-            if not len(rows):
-                return
-            if state is not None:
-                state = family.select_rows(state, alive)
-        tokens = input_ids[rows, start : stop_of(start, end, longest)]
-        with settled(backbone, lengths[rows]):
-            hidden, state = family.forward(backbone, tokens, start, state)
-        yield Chunk(start, rows, (lengths[rows] - start).clamp(max=end - start), hidden)
+    count = len(rows)
+    for step in steps(rows, lengths, parts):
+        if step.kept is not None and len(step.kept) < count:
+            state = family.select_rows(state, step.kept)
+        count = len(step.rows)
+        tokens = input_ids[step.rows, step.start : step.stop]
+        with settled(lengths[step.rows]):
+            hidden, state = family.forward(backbone, tokens, step.start, state)
+        yield Chunk(step.start, step.rows, step.lengths, hidden)
         del hidden  # The next chunk's hidden states must not come on top of this one's.
-
-
-def stop_of(start: int, end: int, longest: int) -> int:
-    """Return where a part ends for rows of at most `longest` tokens; never after one token."""
-    return min(end, max(longest, start + 2))

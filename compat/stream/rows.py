@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,25 @@ Window = tuple[int, int]
 
 # What a run through all layers costs beside its tokens, in tokens: reading the weights, mostly.
 RUN = 64
+
+
+class Step(NamedTuple):
+    """One run through all layers, of rows that are run together.
+
+    Attributes:
+        start: The first token.
+        stop: Behind the last one.
+        rows: (n,) int64, the rows of the batch that still have tokens here.
+        kept: (n,) int64, their places among the rows of the step before, from whose state they go
+            on; None in the first step.
+        lengths: (n,) int64, how many of the tokens are real; the rest is padding.
+    """
+
+    start: int
+    stop: int
+    rows: Tensor
+    kept: Tensor | None
+    lengths: Tensor
 
 
 def check_chunk_size(size: object, name: str = "vertical_chunk_size") -> int:
@@ -121,3 +141,22 @@ def batches(lengths: Tensor, parts: Sequence[Window]) -> list[Tensor]:
         found.append(order[cuts[stop] : stop].sort().values)
         stop = cuts[stop]
     return found
+
+
+def steps(rows: Tensor, lengths: Tensor, parts: Sequence[Window]) -> Iterator[Step]:
+    """List the runs of one batch of `batches`, part by part; a row leaves after its last part.
+
+    Args:
+        rows: (n,) int64, the rows that are run together, at least one.
+        lengths: (batch,) int64, the number of tokens of each row.
+        parts: Consecutive `(start, end)` from 0.
+    """
+    longest = int(lengths[rows].max())
+    for start, end in parts:
+        alive = (lengths[rows] > start).nonzero()[:, 0]
+        if not len(alive):
+            return
+        rows = rows[alive]
+        stop = min(end, max(longest, start + 2))  # Never after one token.
+        real = (lengths[rows] - start).clamp(max=stop - start)
+        yield Step(start, stop, rows, alive if start else None, real)

@@ -87,9 +87,9 @@ def test_what_a_probe_raises_is_told():
     def fails():
         raise KeyError("state")
 
-    assert newest.attempted(refuses) == "refused: a model without a state"
-    assert newest.attempted(fails) == "wrong, KeyError: 'state'"
-    assert newest.attempted(lambda: "right") == "right"
+    assert matrix.attempted(refuses) == "refused: a model without a state"
+    assert matrix.attempted(fails) == "wrong, KeyError: 'state'"
+    assert matrix.attempted(lambda: "right") == "right"
 
 
 # The things that are looked at.

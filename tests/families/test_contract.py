@@ -188,7 +188,7 @@ def test_building_a_tiny_model_draws_from_a_generator_of_its_own(model_type):
 @pytest.fixture
 def asked_anew(monkeypatch):
     """Check each mixer, scan and class of models anew in this test."""
-    monkeypatch.setattr(exact, "_classes", {})
+    monkeypatch.setattr(exact.verdicts, "classes", {})
     mamba2_probe.of_mixer.cache_clear()
     yield
     mamba2_probe.of_mixer.cache_clear()

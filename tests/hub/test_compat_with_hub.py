@@ -18,6 +18,7 @@ from transformers.models.mamba2 import modeling_mamba2
 import compat
 from compat.families import exact, mamba2_probe, tiny_models
 from compat.families import mamba2 as _fused
+from compat.families.lookup import backbone_of
 from compat.installed import hub_kernels as _hub
 from tests.hub.test_models import ONE_GROUP
 from tests.laws.test_model import in_chunks
@@ -83,7 +84,7 @@ def _of_one_group(monkeypatch):
     # Earlier verdicts are not used, and those of this test are not kept.
     of_mixer = functools.cache(mamba2_probe.of_mixer.__wrapped__)
     monkeypatch.setattr(mamba2_probe, "of_mixer", of_mixer)
-    monkeypatch.setattr(exact, "_classes", {})
+    monkeypatch.setattr(exact.verdicts, "classes", {})
 
 
 @pytest.fixture
@@ -106,6 +107,9 @@ def test_with_kernels_installed_transformers_counts_as_before(model):
 def test_a_kernel_with_conv_states_is_the_fused_path(model):
     wanted = in_chunks(model, IDS, ONES, 8)
     with hub.kernelized(model) as calls:
+        # Before its first chunks the model is asked, in one pass too, which runs other kernels.
+        backbone_of(model)
+        calls.clear()
         found = in_chunks(model, IDS, ONES, 8)
         assert all("; in mamba2 that of the hub" in line for line in lines())
     assert set(calls) == {FUSED}

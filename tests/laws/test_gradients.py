@@ -354,14 +354,15 @@ def test_layers_that_ignore_the_gradient_of_their_last_state(monkeypatch):
         def backward(ctx, gradient):
             return torch.zeros_like(gradient)
 
-    released = carried._Layer.assign
+    layer = carried._layer_classes()[1]
+    released = layer.assign
 
     def assign(self, state_idx, conv=None, recurrent=None):
         recurrent = None if recurrent is None else Truncated.apply(recurrent)
         released(self, state_idx, conv, recurrent)
 
-    monkeypatch.setattr(carried._Layer, "assign", assign)
-    monkeypatch.setattr(gradients, "_classes", {})
+    monkeypatch.setattr(layer, "assign", assign)
+    monkeypatch.setattr(gradients.verdicts, "classes", {})
     with pytest.raises(UnsupportedModelError, match="gradient of its state"):
         embedded(cached_model("mamba2"), tokens(1, 20))
 
