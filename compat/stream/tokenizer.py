@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
-from compat.errors import UnsupportedTokenizerError
+from compat.stream.growing_text import GrowingText, Offsets, Slice, cut
 from compat.stream.normalizers import flat
 from compat.stream.refusals import unsupported
 from compat.stream.seams import Seams
-
-# Characters without a place to cut that are held; beyond it the text is refused.
-LONGEST = 1_000_000
-
-Offsets = list[tuple[int, int]]
-
-
-class _Slice(NamedTuple):
-    """Tokens of a window, and where in the text it begins, from where their offsets count."""
-
-    ids: list[int]
-    offsets: Offsets
-    begin: int
 
 
 class StreamingTokenizer:
@@ -140,28 +127,21 @@ class StreamingTokenizer:
         if after:
             yield after, [(0, 0)] * len(after)
 
-    def _windows(self, pieces: Iterable[str], with_offsets: bool) -> Iterator[_Slice]:
+    def _windows(self, pieces: Iterable[str], with_offsets: bool) -> Iterator[Slice]:
         """Tokenize window after window, each from a seam before its own first one on."""
-        text = ""  # What is held; its first characters and tokens have been given out before.
-        given, known, begin = 0, list[int](), 0
-        parts, size, wanted = list[str](), 0, self.window
-        for part in cut(pieces, self.window):
-            parts.append(part)
-            size += len(part)
-            if size < wanted:
-                continue
-            text, parts = "".join(parts), []
-            seam = self._seams.last(text, given + 1, len(text))
-            if seam is None:
-                if size - given > LONGEST:
-                    raise self.endless(begin + given)
-                parts, wanted = [text], min(2 * size, given + LONGEST + 1)
-                continue
-            yield self._new(text[:seam], known, begin, with_offsets)
-            start, known = self.context(text, seam)
-            text, given, begin = text[start:], seam - start, begin + start
-            parts, size, wanted = [text], len(text), len(text) + self.window
-        yield self._new("".join(parts), known, begin, with_offsets)
+        growing = GrowingText(self, with_offsets=with_offsets)
+        parts, size = list[str](), 0
+        for piece in [pieces] if isinstance(pieces, str) else pieces:
+            for part in cut(piece, self.window):
+                parts.append(part)
+                size += len(part)
+                if size < self.window:
+                    continue  # A seam is not looked for in every word that comes.
+                if (new := growing.take("".join(parts))) is not None:
+                    yield new
+                parts, size = [], 0
+        growing.held += "".join(parts)
+        yield growing.rest()
 
     def context(self, text: str, seam: int) -> tuple[int, list[int]]:
         """Find where the next window begins, a seam before its own part, and the tokens till then.
@@ -179,17 +159,20 @@ class StreamingTokenizer:
         """The last place from `low` on where the text may be cut; None if there is none."""
         return self._seams.last(text, low, len(text))
 
-    def ids_behind(self, text: str, known: list[int]) -> list[int]:
-        """The ids of a text behind those that are known of it, which are its first ones."""
-        return self._new(text, known, 0, False).ids
+    def behind(self, text: str, known: list[int], begin: int, with_offsets: bool) -> Slice:
+        """Return the tokens of a text behind those that are known of it, its first ones.
 
-    def _new(self, text: str, known: list[int], begin: int, with_offsets: bool) -> _Slice:
-        """The tokens of a text behind those that are known of it."""
+        Args:
+            text: The text, which begins at a seam.
+            known: The ids of its first tokens.
+            begin: How many characters come before it.
+            with_offsets: Whether the offsets are wanted.
+        """
         encoding = self._encode(text, with_offsets)
         ids, count = encoding.ids, len(known)
         if ids[:count] != known:
             raise unsupported(f"a part that looks across a cut in {text[:40]!r}: please report it")
-        return _Slice(ids[count:], encoding.offsets[count:] if with_offsets else [], begin)
+        return Slice(ids[count:], encoding.offsets[count:] if with_offsets else [], begin)
 
     def _encode(self, text: str, with_offsets: bool) -> Encoding:
         if with_offsets:
@@ -206,15 +189,6 @@ class StreamingTokenizer:
         if self._tokenizer.encode("").ids != before + after:
             raise unsupported("special tokens that are not those of its template")
         return before, after
-
-    def endless(self, position: int) -> UnsupportedTokenizerError:
-        """Return the error for a text without a seam from a position on."""
-        return UnsupportedTokenizerError(
-            f"{LONGEST:,} characters from position {position:,} of the text on that this "
-            "tokenizer may make one token of, or whose tokens depend on one another",
-            "a place to cut among them, such as a space between words",
-            "put spaces or line feeds in, or tokenize the text as a whole",
-        )
 
 
 def describe(backend: Tokenizer) -> str:
@@ -234,16 +208,6 @@ def _backend(tokenizer: Any) -> Tokenizer:
     if not isinstance(backend, Tokenizer):
         raise unsupported(f"the class {type(tokenizer).__name__}, which is no fast tokenizer")
     return backend
-
-
-def cut(pieces: Iterable[str], size: int) -> Iterator[str]:
-    """Cut a text into pieces of at most `size` characters."""
-    for piece in [pieces] if isinstance(pieces, str) else pieces:
-        if len(piece) <= size:
-            yield piece
-        else:
-            for at in range(0, len(piece), size):
-                yield piece[at : at + size]
 
 
 def _around(config: dict[str, Any]) -> tuple[list[int], list[int]]:
