@@ -101,11 +101,8 @@ def _mamba2(tree: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run the code on stdin."""
-    import torch
-
     library, tree, *options = sys.argv[1:]
     code = sys.stdin.read()
-    torch.set_num_threads(1)
     if library == "causal-conv1d":
         sys.modules |= _causal_conv1d(Path(tree), "--sanitize" in options)
     elif library == "mamba-ssm":

