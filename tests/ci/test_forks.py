@@ -481,6 +481,7 @@ def release(root, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NOTE", str(tmp_path / "note"))
     monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", "0")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:anyio -p no:hypothesispytest")  # Slow to load.
 
     def make(version, lines, more=()):
         files = RELEASE | {"tiny/core.py": "".join(f"{line}\n" for line in lines).encode()}
