@@ -23,7 +23,8 @@ from compat.hooks.own_chunks import KEYWORD
 from compat.hooks.refusals import TOKENS, check_features, check_modules, route
 from compat.hooks.stored_default import in_training
 from compat.stream.gradients import gradient_stream, trainable
-from compat.stream.rows import align_left, check_chunk_size
+from compat.stream.rows import align_left
+from compat.stream.training_size import Auto, check_training_size
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -41,28 +42,28 @@ class _Call(NamedTuple):
     Attributes:
         backbone: The model without its head.
         family: How its state is carried.
-        size: Tokens in a vertical chunk.
+        size: Tokens in a vertical chunk, or "auto".
         modules: The modules that work on single tokens, before Pooling.
     """
 
     backbone: PreTrainedModel
     family: Family
-    size: int
+    size: int | Auto
     modules: list[nn.Module]
 
 
 _call: ContextVar[_Call | None] = ContextVar("compat_training", default=None)
 
 
-def _get(model: SentenceTransformer) -> int | None:
+def _get(model: SentenceTransformer) -> int | Auto | None:
     """Return the tokens in a chunk of a training step; None where texts are read at once."""
-    size: int | None = vars(model).get(NAME)
+    size: int | Auto | None = vars(model).get(NAME)
     return size
 
 
-def _set(model: SentenceTransformer, value: int | None) -> None:
+def _set(model: SentenceTransformer, value: int | Auto | None) -> None:
     """Set the size if it is a valid one; None stands for the released way."""
-    vars(model)[NAME] = None if value is None else check_chunk_size(value, NAME)
+    vars(model)[NAME] = None if value is None else check_training_size(value, NAME)
 
 
 size_property = property(_get, _set)

@@ -17,4 +17,5 @@ __all__ = [
     "text_loop",
     "token_ids",
     "tokenizer",
+    "training_size",
 ]

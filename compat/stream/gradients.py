@@ -5,15 +5,17 @@
     backward  from the last chunk to the first: run the chunk again from its border, with gradients,
               and hand the gradient of the border on to the chunk before
 
-The activations are those of one chunk, whatever the text's length, beside one state a chunk; the
-time is that of one more forward. The parameters are inputs of one autograd.Function, so whatever
-hangs on their gradients (hooks, DistributedDataParallel, a scaler) sees each of them once.
+The activations are those of one chunk, whatever the text's length, beside the state of each border
+that is kept; the time is that of one more forward. Where borders are many, only some are kept, and
+those between two of them are made again when the backward gets there. The parameters are inputs of
+one autograd.Function, so whatever hangs on their gradients (hooks, DistributedDataParallel, a
+scaler) sees each of them once.
 """
 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,7 +33,8 @@ from compat.installed.recurrent_cache import require_support
 from compat.stream.chunk import Chunk
 from compat.stream.hidden_states import check_inputs
 from compat.stream.pooling import StreamingPooling, TokenStream
-from compat.stream.rows import Step, Window, align_left, batches, check_chunk_size, steps, windows
+from compat.stream.rows import Step, align_left, batches, steps, windows
+from compat.stream.training_size import Auto, between, check_training_size, leanest
 
 Map = Callable[[Tensor], Tensor]
 """A function of single tokens, (batch, chunk, dim) to (batch, chunk, another dim)."""
@@ -43,13 +46,14 @@ def pooled(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     pooling_mode: str | Sequence[str] = "mean",
-    vertical_chunk_size: int,
+    vertical_chunk_size: int | Auto,
 ) -> Tensor:
     """Embed a batch in vertical chunks; the result carries the gradients of one pass.
 
     Where gradients are recorded, a backward of the result runs each chunk once more. Activations
-    take the memory of one chunk, and each chunk's state is kept until the backward: with larger
-    chunks there are fewer of them. Dropout draws the same masks in both runs.
+    take the memory of one chunk, and each chunk's state is kept until the backward; of more than
+    64 chunks only some, for which the backward runs all chunks once more still. Dropout draws the
+    same masks in all runs. Rows go together where they have no more tokens than one chunk.
 
     Example:
         >>> embeddings = compat.pooled(
@@ -65,7 +69,8 @@ def pooled(
             on the right; None where there is no padding.
         pooling_mode: "cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean" or "lasttoken",
             as in sentence-transformers; or several of them, whose vectors are concatenated.
-        vertical_chunk_size: Tokens in a chunk.
+        vertical_chunk_size: Tokens that are run at once; "auto" for the size that takes the least
+            memory for this model and these rows, of the powers of two from 256 on.
 
     Returns:
         (batch, hidden_size), times the number of modes, in the hidden states' dtype.
@@ -76,12 +81,12 @@ def pooled(
             not hand the gradient of its state on.
         UnsupportedPipelineError: By the backward: it is the second one, it is to be differentiated
             itself, or a parameter or the training mode has changed since the forward.
-        TypeError: vertical_chunk_size is not an int.
+        TypeError: vertical_chunk_size is neither an int nor "auto".
         ValueError: vertical_chunk_size is less than 1, a mode is unknown, the shapes do not fit, a
             row has no token, or padding stands between tokens.
     """
     backbone, family = trainable(model)
-    size = check_chunk_size(vertical_chunk_size)
+    size = check_training_size(vertical_chunk_size)
     check_inputs(input_ids, attention_mask)
     tokens, lengths = align_left(input_ids, attention_mask)
     if (empty := (lengths == 0).nonzero()[:, 0]).numel():
@@ -141,7 +146,7 @@ def gradient_stream(
     family: Family,
     input_ids: Tensor,
     lengths: Tensor,
-    size: int,
+    size: int | Auto,
     modules: Iterable[nn.Module] = (),
 ) -> GradientStream:
     """Make the stream of rows of tokens.
@@ -151,13 +156,14 @@ def gradient_stream(
         family: How its state is carried.
         input_ids: (batch, seqlen) int64, each row's tokens at its beginning.
         lengths: (batch,) int64, the number of tokens of each row.
-        size: Tokens in a vertical chunk.
+        size: Tokens in a vertical chunk, or "auto".
         modules: Those whose parameters the functions use that the stream will be given.
     """
     if input_ids.shape[1] == 1:  # Released models take another path for a single token.
         input_ids = pad(input_ids, (0, 1))
-    parts = windows(input_ids.shape[1], size)
-    text = _Text(backbone, family, input_ids, lengths, parts)
+    if size == "auto":
+        size = leanest(backbone, family, lengths)
+    text = _Text(backbone, family, input_ids, lengths, size)
     return GradientStream(iter(()), lengths, text, modules=tuple(modules))
 
 
@@ -168,18 +174,26 @@ class _Text(NamedTuple):
     family: Family
     input_ids: Tensor
     lengths: Tensor
-    parts: Sequence[Window]
+    size: int
 
-    def steps(self) -> Iterator[Step]:
-        """List the runs through all layers: batches of rows one after another."""
-        for rows in batches(self.lengths, self.parts):
-            yield from steps(rows, self.lengths, self.parts)
+    def steps(self) -> list[Step]:
+        """List the runs through all layers, none of more tokens than a chunk.
+
+        So rows that are longer than a chunk are run alone, which takes the fewest borders.
+        """
+        parts = windows(self.input_ids.shape[1], self.size)
+        found: list[Step] = []
+        for rows in batches(self.lengths, parts):
+            together = max(1, self.size // int(self.lengths[rows].max()))
+            for some in rows.split(together):
+                found += steps(some, self.lengths, parts)
+        return found
 
 
 class _Border(NamedTuple):
-    """The beginning of a step: the model's state, the pooling, and the random numbers."""
+    """The beginning of some steps: the model's state, the pooling, and the random numbers."""
 
-    step: Step
+    steps: Sequence[Step]
     state: list[Tensor]
     pooling: StreamingPooling
     random: Any
@@ -201,19 +215,29 @@ class _Reading:
         self._context = contextvars.copy_context()
         # With a frozen model, nothing before Pooling needs the gradient of a state.
         self._through = any(p.requires_grad for p in self.text.backbone.parameters())
-        state: list[Tensor] = []
+        steps = self.text.steps()
+        # A border at the beginning alone holds nothing.
+        stride = between(len(steps)) if keep else len(steps)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(**self._autocast):
-            for step in self.text.steps():
-                if keep:
-                    random = torch.get_rng_state(), *get_device_states(self.text.input_ids)
-                    begin = [] if step.kept is None else state
-                    self.borders.append(_Border(step, begin, self.pooling, random))
-                sums = self.pooling.accumulators
-                state, self.pooling = self._run(step, state, self.pooling, sums)
-                state = [_alone(part) for part in state]
+            self.borders, self.pooling = self._read(steps, [], self.pooling, stride)
             result = self.pooling.finalize()
         self._made_of = self._parts()
         return result
+
+    def _read(
+        self, steps: Sequence[Step], state: list[Tensor], pooling: StreamingPooling, stride: int
+    ) -> tuple[list[_Border], StreamingPooling]:
+        """Run steps without gradients; return a border for every `stride` of them, and the end."""
+        borders = []
+        for place, step in enumerate(steps):
+            if step.kept is None:  # The first one of other rows.
+                state = []
+            if place % stride == 0:
+                random = torch.get_rng_state(), *get_device_states(self.text.input_ids)
+                borders.append(_Border(steps[place : place + stride], state, pooling, random))
+            state, pooling = self._run(step, state, pooling, pooling.accumulators)
+            state = [_alone(part) for part in state]
+        return borders, pooling
 
     def backward(self, gradient: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the gradients of the parameters, given that of the result."""
@@ -232,9 +256,11 @@ class _Reading:
             of_sums = list(torch.autograd.grad(result, ends, gradient))
             of_state: list[Tensor | None] = []
             while self.borders:
-                of_state, of_sums, found = self._back(
-                    self.borders.pop(), of_state, of_sums, parameters
-                )
+                border = self.borders.pop()
+                if len(border.steps) > 1:
+                    self.borders += self._between(border)
+                    continue
+                of_state, of_sums, found = self._back(border, of_state, of_sums, parameters)
                 for place, part in enumerate(found):
                     if part is not None:  # Many chunks are added up, in more than 16 bits.
                         wide = part.to(torch.promote_types(part.dtype, torch.float32))
@@ -245,6 +271,20 @@ class _Reading:
             for total, parameter in zip(totals, parameters, strict=True)
         ]
 
+    def _between(self, border: _Border) -> list[_Border]:
+        """Read on from a border once more, and return one for each of its steps."""
+        self._draw_again(border)
+        with torch.no_grad(), torch.autocast(**self._autocast):
+            return self._read(border.steps, border.state, border.pooling, 1)[0]
+
+    def _draw_again(self, border: _Border) -> None:
+        """Let random numbers be what they were at a border."""
+        cpu, devices, states = border.random
+        torch.set_rng_state(cpu)
+        if devices:
+            kind = self.text.input_ids.device.type
+            set_device_states(devices, states, device_type=kind)
+
     def _back(
         self,
         border: _Border,
@@ -253,19 +293,16 @@ class _Reading:
         parameters: Sequence[Tensor],
     ) -> tuple[list[Tensor | None], list[Tensor], Sequence[Tensor | None]]:
         """Run a step again; return the gradients of its border and of the parameters."""
-        cpu, devices, states = border.random
-        torch.set_rng_state(cpu)
-        if devices:
-            kind = self.text.input_ids.device.type
-            set_device_states(devices, states, device_type=kind)
+        self._draw_again(border)
+        (step,) = border.steps
         with torch.enable_grad(), torch.autocast(**self._autocast):
             begin = [part.detach().requires_grad_(self._through) for part in border.state]
             sums = [part.detach().requires_grad_() for part in border.pooling.accumulators]
-            end, pooling = self._run(border.step, begin, border.pooling, sums)
+            end, pooling = self._run(step, begin, border.pooling, sums)
         if begin and self._through and not all(part.requires_grad for part in end):
             raise UnsupportedModelError(
                 f"a {type(self.text.backbone).__name__} that recorded no gradient of its state in "
-                f"a chunk of {border.step.stop - border.step.start} tokens",
+                f"a chunk of {step.stop - step.start} tokens",
                 "layers that are differentiable in the state that they give out",
                 "take smaller chunks, or train it in one pass",
             )
@@ -291,9 +328,8 @@ class _Reading:
     ) -> tuple[list[Tensor], StreamingPooling]:
         """Run a step from a state and the pooling's accumulators; none of them is changed."""
         text = self.text
-        tensors = None if step.kept is None else [part[step.kept] for part in state]
         tokens = text.input_ids[step.rows, step.start : step.stop]
-        hidden, after = run(text.backbone, text.family, tokens, step.start, tensors)
+        hidden, after = run(text.backbone, text.family, tokens, step.start, state or None)
         for function in self.maps:
             hidden = function(hidden)
         pooling = pooling.resumed(sums)

@@ -146,7 +146,9 @@ def test_it_is_never_stored(model, tmp_path):
     assert SentenceTransformer(str(tmp_path), device="cpu").training_chunk_size is None
 
 
-@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("size", "error"), [(0, ValueError), ("all", ValueError), (2.0, TypeError), (True, TypeError)]
+)
 def test_sizes_that_are_none(model, size, error):
     with pytest.raises(error, match="training_chunk_size"):
         model.training_chunk_size = size

@@ -19,6 +19,7 @@ from compat.families import carried, gradients
 from compat.families.carried import CARRIERS
 from compat.families.gradients import run
 from compat.families.lookup import backbone_of
+from compat.stream import training_size
 from compat.stream.pooling import POOLING_MODES
 from compat.stream.rows import windows
 
@@ -174,7 +175,7 @@ def test_dropout_draws_the_same_masks_in_both_runs():
     model = tiny_model("mamba2", DOUBLE, residual_in_fp32=False).train()
     for layer in model.layers:
         layer.register_forward_hook(lambda _, __, out: F.dropout(out, 0.3))
-    ids = tokens(2, 40)
+    ids = tokens(1, 40)
 
     def seeded(embed, seed):
         torch.manual_seed(seed)
@@ -187,6 +188,87 @@ def test_dropout_draws_the_same_masks_in_both_runs():
     assert max(off(found, wanted).values()) <= GRADIENTS[DOUBLE]
     other = seeded(lambda: checkpointed(model, ids), 4)
     assert max(off(found, other).values()) > 0.1
+
+
+@pytest.fixture
+def few_borders(monkeypatch):
+    """Let borders be made again where there are more than four."""
+    monkeypatch.setattr(training_size, "BORDERS", 4)
+
+
+@pytest.mark.parametrize("model_type", sorted(CARRIERS))
+def test_borders_that_are_made_again(few_borders, model_type):
+    model, ids = double_model(model_type), tokens(2, 40)
+    embeddings = embedded(model, ids, 3, pooling_mode="lasttoken")
+    # Of 26 chunks: each sixth.
+    assert [len(b.steps) for b in embeddings.grad_fn.reading.borders] == [6, 6, 6, 6, 2]
+    found = gradients_of(embeddings, model)
+    errors = off(found, gradients_of(checkpointed(model, ids), model))
+    assert max(errors.values()) <= (GRADIENTS_ROUNDED if ROUNDED[model_type] else GRADIENTS[DOUBLE])
+
+
+def test_borders_that_are_made_again_with_the_same_dropout(few_borders):
+    model = tiny_model("mamba2", residual_in_fp32=False).train()
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, __, out: F.dropout(out, 0.3))
+    ids = tokens(1, 40)
+
+    def seeded():
+        torch.manual_seed(3)
+        return gradients_of(embedded(model, ids, 3), model)
+
+    again = seeded()
+    training_size.BORDERS = 100
+    wanted = seeded()
+    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+
+
+def test_a_run_has_no_more_tokens_than_a_chunk():
+    model, runs = tiny_model("mamba2"), []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: runs.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    mask = (torch.arange(40) < torch.tensor([[40], [5], [4], [5], [30], [5]])).long()
+    with torch.no_grad():
+        embedded(model, tokens(6, 40), 16, attention_mask=mask)
+    assert max(rows * width for rows, width in runs) == 16
+    assert (3, 5) in runs
+
+
+@pytest.mark.parametrize("model_type", sorted(CARRIERS))
+def test_what_a_token_and_a_state_cost(model_type):
+    backbone, family = backbone_of(tiny_model(model_type))
+    token, state = training_size.costs(backbone, family)
+    ids = tokens(1, 20)
+    _, tensors = run(backbone, family, ids, 0, None)
+    assert state == sum(part.numel() * part.element_size() for part in tensors)
+    small, large = (training_size._saved(backbone, family, n)[0] for n in (512, 1024))
+    assert token == pytest.approx((large - small) / 512, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("token", "state", "lengths", "size"),
+    [
+        (100, 100, [10_000], 256),
+        (100, 10**6, [10_000], 16_384),  # A single chunk, whose border holds nothing yet.
+        (10_000, 10**6, [100_000], 1024),
+        (10_000, 10**6, [100_000] * 30, 4096),
+    ],
+)
+def test_the_leanest_size(monkeypatch, token, state, lengths, size):
+    monkeypatch.setattr(training_size, "costs", lambda *model: (token, state))
+    assert training_size.leanest(None, None, torch.tensor(lengths)) == size
+
+
+def test_the_size_that_is_chosen():
+    model, ids = tiny_model("mamba2").train(), tokens(2, 600)
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    found = embedded(model, ids, "auto")
+    assert torch.equal(torch.rand(3), wanted)
+    errors = off(gradients_of(found, model), gradients_of(embedded(model, ids, 600), model))
+    assert max(errors.values()) <= GRADIENTS[torch.float32]
 
 
 def test_a_backward_leaves_the_random_numbers_alone():
