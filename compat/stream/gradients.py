@@ -182,12 +182,11 @@ class _Text(NamedTuple):
         So rows that are longer than a chunk are run alone, which takes the fewest borders.
         """
         parts = windows(self.input_ids.shape[1], self.size)
-        found: list[Step] = []
-        for rows in batches(self.lengths, parts):
-            together = max(1, self.size // int(self.lengths[rows].max()))
-            for some in rows.split(together):
-                found += steps(some, self.lengths, parts)
-        return found
+        long = self.lengths > parts[0][1]
+        together = [*long.nonzero()]
+        for rows in batches(self.lengths.masked_fill(long, 0), parts):
+            together += rows.split(max(1, self.size // int(self.lengths[rows].max())))
+        return [step for rows in together for step in steps(rows, self.lengths, parts)]
 
 
 class _Border(NamedTuple):
