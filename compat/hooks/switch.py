@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copyreg
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ _holders = 0
 _patches: Patches | None = None
 _models = ExitStack()
 _lasting = ExitStack()
+# Otherwise the hooks might be let go of after the module that knows how.
+atexit.register(_lasting.close)
 _is_lasting = False
 
 
