@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from support.embedders import record_widths
 
 import compat
 
@@ -45,3 +47,22 @@ def test_files_and_modules_that_a_text_names_are_there(path):
         assert "LIBRARY" in name or (ROOT / name).exists(), name
     for name in re.findall(r"python3? -m (ci[.\w]+|compat[.\w]*)", text):
         assert find_spec(name.rstrip(".")), name
+
+
+def test_the_example_of_training_trains(tmp_path, monkeypatch):
+    """Run it on two short texts of several chunks, smaller ones than "auto" takes."""
+    pytest.importorskip("datasets")
+    (code,) = re.findall(r"```python\n(from datasets[\s\S]*?)```", (ROOT / "README.md").read_text())
+    code = code.replace('"auto"', "16").replace(
+        'report_to="none"', 'report_to="none", use_cpu=True'
+    )
+    monkeypatch.chdir(tmp_path)
+    with compat.vertical_chunking():
+        model = compat.load_default_model(device="cpu")
+        before = [parameter.clone() for parameter in model.parameters()]
+        widths = record_widths(model)
+        exec(code, {"model": model, "texts": ["for and while " * 20, "a class is a type " * 20]})
+    assert max(widths) <= 17
+    assert len(widths) > 10
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert all(moved)
