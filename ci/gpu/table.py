@@ -1,0 +1,111 @@
+"""Show the rows of a stage as they come, and keep them, so that the stage can go on from there."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ci.gpu.place import Place
+
+Row = dict[str, Any]
+"""A value for each column: a number or a text."""
+
+NOT_RUN = "not run"
+
+
+class Record:
+    """The tables of a stage, in `out/STAGE.json`.
+
+    Attributes:
+        faults: What was not as it must be, in lines.
+        late: Whether a row was left out, since the stage's time was spent.
+    """
+
+    def __init__(self, place: Place, stage: str, seconds: float) -> None:
+        self.place, self.stage = place, stage
+        self.faults: list[str] = []
+        self.late = False
+        self._path = place.out / f"{stage}.json"
+        self._end = time.monotonic() + seconds
+        self._lock = threading.Lock()
+        self._tables: dict[str, dict[str, Any]] = {}
+        if self._path.exists():
+            found = json.loads(self._path.read_text())
+            # Rows of another machine or folder, or of a rehearsal, are not gone on from.
+            if all(found["machine"][key] == place.machine[key] for key in ("device", "packed")):
+                self._tables = found["tables"]
+
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        makers: Mapping[str, Callable[[], Row]],
+        *,
+        at_once: int = 1,
+    ) -> dict[str, Row]:
+        """Show and keep a table.
+
+        A row that was made before is shown and not made again, unless it could not be made or has
+        a fault.
+
+        Args:
+            title: Of the table.
+            columns: The values of a row that are shown; a row may have more.
+            makers: What makes each row, by its name. A maker may raise: the row says why. A value
+                under "fault" says what is not as it must be.
+            at_once: How many makers run at a time.
+
+        Returns:
+            The rows that are there, by their names.
+        """
+        table = self._tables.setdefault(title, {"columns": list(columns), "rows": {}})
+        print(f"\n{title}\n({self.place.title})\n{line('', columns, {c: c for c in columns})}")
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(lambda item: self._row(table, *item), makers.items()))
+        rows: dict[str, Row] = table["rows"]
+        return rows
+
+    def _row(self, table: dict[str, Any], name: str, make: Callable[[], Row]) -> None:
+        row = table["rows"].get(name)
+        if row is None or NOT_RUN in row or "fault" in row:
+            row = self._made(make)
+        with self._lock:
+            table["rows"][name] = row
+            if fault := row.get("fault"):
+                self.faults.append(f"{name}: {fault}")
+            print(line(name, table["columns"], row), flush=True)
+            self._write()
+
+    def _made(self, make: Callable[[], Row]) -> Row:
+        if time.monotonic() > self._end:
+            self.late = True
+            return {NOT_RUN: "the time of a stage was spent; run it again to go on"}
+        try:
+            return make()
+        except Exception as error:
+            return {NOT_RUN: f"{type(error).__name__}: {f'{error}'.strip()[:300]}"}
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        found = {"stage": self.stage, "machine": self.place.machine, "tables": self._tables}
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps(found, indent=1))
+        new.replace(self._path)
+
+
+def line(name: str, columns: Sequence[str], row: Row) -> str:
+    """Return a row as a line of the table on the screen."""
+    cells = [shown(row.get(column, "")).rjust(max(len(column), 9)) for column in columns]
+    said = [f"{key}: {row[key]}" for key in (NOT_RUN, "fault") if key in row]
+    return "  ".join([f"  {name:<46}", *(said if NOT_RUN in row else [*cells, *said])]).rstrip()
+
+
+def shown(value: Any) -> str:
+    """Return a value as a table shows it: three digits of a number that is not whole."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value}"
