@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -68,6 +69,7 @@ Ways = Mapping[str, Way]
 @torch.no_grad()
 def run(place: Place, record: Record, options: argparse.Namespace) -> None:
     """Measure all of it."""
+    sys.path.append(f"{place.root / 'tests'}")
     with _kernels(place):
         print(f"fused path: {mamba2_kernels.probe().reason}")
         if options.graph:

@@ -53,9 +53,13 @@ class Place:
         own = {
             "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
             "HF_HUB_OFFLINE": "1",
+            # The laws are about float32, which Triton would round to TF32 in matrix products.
+            "TRITON_F32_DEFAULT": "ieee",
             # What was compiled and tuned once is taken by later stages, and by a run that goes on.
             "TRITON_CACHE_DIR": str(self.root / "built" / "triton"),
             "TRITON_CACHE_AUTOTUNING": "1",
+            # pytest's processes would share the one device, and what is a core each elsewhere.
+            "PYTEST_XDIST_AUTO_NUM_WORKERS": "0",
         }
         if self.rehearsed:
             own |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

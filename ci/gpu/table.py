@@ -64,8 +64,12 @@ class Record:
         """
         table = self._tables.setdefault(title, {"columns": list(columns), "rows": {}})
         print(f"\n{title}\n({self.place.title})\n{line('', columns, {c: c for c in columns})}")
-        with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(lambda item: self._row(table, *item), makers.items()))
+        if at_once == 1:  # In this thread, whose settings of torch they need.
+            for name, make in makers.items():
+                self._row(table, name, make)
+        else:
+            with ThreadPoolExecutor(at_once) as pool:
+                list(pool.map(lambda item: self._row(table, *item), makers.items()))
         rows: dict[str, Row] = table["rows"]
         return rows
 

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ci import forks
 from ci.gpu import build, kernels, report, work
@@ -54,6 +55,13 @@ def test_a_stage_goes_on_from_its_rows(tmp_path, capsys):
     assert (rows["good"]["value"], rows["bad"]["value"]) == (1, 3)
     assert calls == ["bad", "wrong"]
     assert not record.faults
+
+
+def test_rows_are_made_with_the_settings_of_the_stage(tmp_path):
+    record = Record(place(tmp_path), "stage", seconds=60)
+    with torch.no_grad():
+        rows = record.table("table", [], {"row": lambda: {"gradient": torch.is_grad_enabled()}})
+    assert not rows["row"]["gradient"]
 
 
 @pytest.mark.parametrize("other", [{"device": "another"}, {"contents": "2"}])
