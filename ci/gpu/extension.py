@@ -29,6 +29,8 @@ def main() -> int:
     # All of them take minutes.
     sources += [_few(kernels[0], options.folder / "few")] if options.rehearse else kernels
     library = options.folder / f"{options.name}.so"
+    # Of a run that was stopped; torch would wait for its end.
+    (options.folder / "lock").unlink(missing_ok=True)
     stubs = None
     if options.rehearse:
         stubs = _stubs(options.folder / "stubs")

@@ -52,7 +52,7 @@ class GraphedStep:
 
     def _capture(self) -> None:
         size = self._ids.shape[1]
-        kept = [(held[key], held[key].clone()) for held, key in _slots(self._state)]
+        kept = [(held[key], held[key].clone()) for held, key in slots(self._state)]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # Once beside, so that all is compiled and tuned.
@@ -66,16 +66,16 @@ class GraphedStep:
 
     def _step(self, start: int) -> Tensor:
         """Run one chunk, and leave its state in the tensors from which it was read."""
-        before = [held[key] for held, key in _slots(self._state)]
+        before = [held[key] for held, key in slots(self._state)]
         out, self._state = self._family.forward(self._backbone, self._ids, start, self._state)
-        for (held, key), tensor in zip(_slots(self._state), before, strict=True):
+        for (held, key), tensor in zip(slots(self._state), before, strict=True):
             if held[key] is not tensor:
                 tensor.copy_(held[key])
                 held[key] = tensor
         return out
 
 
-def _slots(cache: Any) -> Iterator[tuple[Any, Any]]:
+def slots(cache: Any) -> Iterator[tuple[Any, Any]]:
     """Yield where the tensors of the recurrent states are, as a container and a key."""
     for layer in cache.layers:
         for name in ("conv_states", "recurrent_states"):

@@ -30,17 +30,8 @@ from ci.gpu.place import SOURCES, Place
 from ci.gpu.table import Record, Row
 
 ROUNDS, CALLS = 7, 10
-COLUMNS = [
-    "stock ms",
-    "patched ms",
-    "ratio",
-    "of rounds",
-    "MB",
-    "of copy",
-    "stock peak",
-    "peak",
-    "bits",
-]
+COLUMNS = ["stock ms", "patched ms", "ratio", "range", "verdict", "MB", "of copy"]
+COLUMNS += ["stock peak", "peak", "bits"]
 _COPIED = 2**30  # Bytes of the copy that the bandwidth is measured by.
 
 
@@ -139,12 +130,21 @@ def _compare(place: Place, workers: dict[str, Worker], case: work.Case, way: str
         | row
         | {
             "ratio": statistics.median(ratios),
-            "of rounds": f"{min(ratios):.2f}-{max(ratios):.2f}",
+            "range": f"{min(ratios):.2f}-{max(ratios):.2f}",
+            "verdict": "-" if place.rehearsed else verdict(times["stock"], times["patched"]),
             "stock peak": stock["peak"],
             # Of the first call's results; atomic additions and other tuned blocks change them too.
             "bits": "same" if stock["digest"] == patched["digest"] else "differ",
         }
     )
+
+
+def verdict(stock: list[float], patched: list[float]) -> str:
+    """Say whether the median of patched lies within the rounds of stock, which are the noise."""
+    median = statistics.median(patched)
+    if median > max(stock):
+        return "slower"
+    return "faster" if median < min(stock) else "same"
 
 
 class Bench:

@@ -52,7 +52,8 @@ if [ ! -d site ]; then
     fi
     mv site.new site
 fi
-export OUT HF_HUB_OFFLINE=1 PYTHONPATH="$PWD/site:$PWD" PYTHONDONTWRITEBYTECODE=1
+PATH="$PWD/site/bin:$PATH"
+export OUT PATH HF_HUB_OFFLINE=1 PYTHONPATH="$PWD/site:$PWD" PYTHONDONTWRITEBYTECODE=1
 exec "$PYTHON" -m ci.gpu run "$@"
 """
 

@@ -9,12 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from ci.gpu.place import Place
 
 Row = dict[str, Any]
 """A value for each column: a number or a text."""
 
 NOT_RUN = "not run"
+SPOILED = "spoiled"
+
+
+class SpoiledError(Exception):
+    """A row left the process's device unusable; what is left has to be made in another process."""
 
 
 class Record:
@@ -50,7 +57,7 @@ class Record:
         """Show and keep a table.
 
         A row that was made before is shown and not made again, unless it could not be made or has
-        a fault.
+        a fault. One that spoiled the device is not tried again.
 
         Args:
             title: Of the table.
@@ -61,6 +68,9 @@ class Record:
 
         Returns:
             The rows that are there, by their names.
+
+        Raises:
+            SpoiledError: A row, which is kept, spoiled the device of this process.
         """
         table = self._tables.setdefault(title, {"columns": list(columns), "rows": {}})
         print(f"\n{title}\n({self.place.title})\n{line('', columns, {c: c for c in columns})}")
@@ -75,14 +85,18 @@ class Record:
 
     def _row(self, table: dict[str, Any], name: str, make: Callable[[], Row]) -> None:
         row = table["rows"].get(name)
-        if row is None or NOT_RUN in row or "fault" in row:
+        spoiled = False
+        if row is None or (SPOILED not in row and (NOT_RUN in row or "fault" in row)):
             row = self._made(make)
+            spoiled = SPOILED in row
         with self._lock:
             table["rows"][name] = row
             if fault := row.get("fault"):
                 self.faults.append(f"{name}: {fault}")
             print(line(name, table["columns"], row), flush=True)
             self._write()
+        if spoiled:
+            raise SpoiledError(name)
 
     def _made(self, make: Callable[[], Row]) -> Row:
         if time.monotonic() > self._end:
@@ -91,7 +105,8 @@ class Record:
         try:
             return make()
         except Exception as error:
-            return {NOT_RUN: f"{type(error).__name__}: {f'{error}'.strip()[:300]}"}
+            said = f"{type(error).__name__}: {error}".strip()[:300]
+            return {NOT_RUN: said} | ({SPOILED: True} if is_spoiled() else {})
 
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +114,17 @@ class Record:
         new = self._path.with_suffix(".new")
         new.write_text(json.dumps(found, indent=1))
         new.replace(self._path)
+
+
+def is_spoiled() -> bool:
+    """Return whether CUDA, where this process uses it, fails in all that comes after a fault."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def line(name: str, columns: Sequence[str], row: Row) -> str:

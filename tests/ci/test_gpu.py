@@ -6,13 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.families import tiny_model, tokens
 
 from ci import forks
-from ci.gpu import build, kernels, report, work
+from ci.gpu import build, kernels, report, table, work
+from ci.gpu.graph import GraphedStep, slots
 from ci.gpu.place import ON_CPU, Place, sources
-from ci.gpu.table import NOT_RUN, Record
+from ci.gpu.table import NOT_RUN, Record, SpoiledError
 from ci.gpu.tests import REQUESTS, SANITIZED
 from ci.tables import markers
+from compat.families.lookup import backbone_of
 
 PAGE = "forks/causal-conv1d/pull_requests/01-short.md"
 DEVICE = "A GPU"
@@ -62,6 +65,19 @@ def test_rows_are_made_with_the_settings_of_the_stage(tmp_path):
     with torch.no_grad():
         rows = record.table("table", [], {"row": lambda: {"gradient": torch.is_grad_enabled()}})
     assert not rows["row"]["gradient"]
+
+
+def test_a_row_that_spoils_the_device_is_kept_and_not_tried_again(tmp_path, monkeypatch):
+    def fails():
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(table, "is_spoiled", lambda: True)
+    makers = {"before": lambda: {"value": 1}, "bad": fails, "after": lambda: {"value": 2}}
+    with pytest.raises(SpoiledError):
+        made(tmp_path, makers)
+    rows, calls, _ = made(tmp_path, makers)
+    assert calls == ["after"]
+    assert "illegal" in rows["bad"][NOT_RUN]
 
 
 @pytest.mark.parametrize("other", [{"device": "another"}, {"contents": "2"}])
@@ -172,6 +188,24 @@ def test_each_op_is_measured_with_what_the_patches_add():
         assert {op for op, _ in modes} == {work.CONV, work.SSD, work.SCAN}
 
 
+def test_a_captured_step_leaves_its_state_where_it_was_read():
+    """What CUDA would capture is run as it is: a graph reads and writes the same tensors."""
+    model = tiny_model("mamba2")
+    backbone, family = backbone_of(model)
+    step, state = GraphedStep(model, 1, 8), None
+    with torch.no_grad():
+        for start, ids in zip((0, 8, 16), tokens(1, 24).split(8, 1), strict=True):
+            if start:
+                before = [held[key].data_ptr() for held, key in slots(step._state)]
+                step._ids.copy_(ids)
+                found = step._step(8)
+                assert [held[key].data_ptr() for held, key in slots(step._state)] == before
+            else:
+                found = step(ids)
+            wanted, state = family.forward(backbone, ids, start, state)
+            assert torch.equal(found, wanted)
+
+
 def test_a_worker_that_ends_is_started_again(tmp_path, monkeypatch):
     worker = kernels.Worker(Place(tmp_path, tmp_path, rehearsed=True), "stock")
     code = "import sys; sys.stdin.readline(); print('{\"found\": 1}', flush=True)"
@@ -181,6 +215,13 @@ def test_a_worker_that_ends_is_started_again(tmp_path, monkeypatch):
         worker.ask("time")
     assert worker.ask("time") == 1
     worker.end()
+
+
+@pytest.mark.parametrize(
+    ("patched", "said"), [(1.0, "same"), (1.2, "same"), (1.3, "slower"), (0.7, "faster")]
+)
+def test_patched_is_as_fast_as_stock_where_it_lies_within_its_rounds(patched, said):
+    assert kernels.verdict([0.8, 1.0, 1.2], [patched, 0.1, 9.0]) == said
 
 
 def test_ptxas_is_read_of_each_part_of_a_log(tmp_path):
