@@ -7,7 +7,8 @@
 
 The machine needs Python with torch, triton, numpy, scipy and scikit-learn, an NVIDIA GPU and nvcc;
 no network, no git and no nox. Nothing that is installed there is changed. A stage begins nothing
-after 7 minutes, keeps each row of its tables in `out/STAGE.json`, or below `$OUT`, and goes on from
-there when it is run again. In a rehearsal the CUDA sources run on an emulation, and Triton's
-kernels in its interpreter: it shows that the stages work, and its times say nothing.
+after 7 minutes. It keeps each row of its tables in `out/STAGE.json` of the folder, and in `$OUT`
+where that is set, and goes on from there when it is run again. In a rehearsal the CUDA sources run
+on an emulation, and Triton's kernels in its interpreter: it shows that the stages work, and its
+times say nothing.
 """

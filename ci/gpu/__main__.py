@@ -70,8 +70,8 @@ def _pack(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    out = Path(os.environ.get("OUT", "out")).absolute()
-    place = Place(forks.ROOT, out, options.rehearse)
+    also = os.environ.get("OUT")
+    place = Place(forks.ROOT, Path(also) if also else None, options.rehearse)
     stage = importlib.import_module(f"ci.gpu.{options.stage}")
     if not options.rehearse and (reason := missing()):
         print(reason, file=sys.stderr)
@@ -85,9 +85,9 @@ def _run(options: argparse.Namespace) -> int:
             command = [sys.executable, "-m", "ci.gpu", *sys.argv[1:], "--seconds", left]
             status = subprocess.run(command, env=place.environment(source)).returncode
         return status
-    out.mkdir(parents=True, exist_ok=True)
+    place.out.mkdir(exist_ok=True)
     record = Record(place, options.stage, LIMIT if options.seconds is None else options.seconds)
-    log = out / f"{options.stage}.log"
+    log = place.out / f"{options.stage}.log"
     with log.open("a") as file, contextlib.redirect_stderr(file):
         try:
             stage.run(place, record, options)

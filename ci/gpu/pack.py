@@ -39,7 +39,7 @@ _TRACES = shutil.ignore_patterns(
 RUN = """#!/bin/sh
 # Run a stage: `./run STAGE [--rehearse]`; `./run --help` names the stages.
 set -e
-OUT=$(realpath -m "${OUT:-$(dirname "$0")/out}")
+[ -z "$OUT" ] || OUT=$(realpath -m "$OUT")
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3}
 if [ ! -d site ]; then

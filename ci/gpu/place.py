@@ -29,13 +29,18 @@ class Place:
 
     Attributes:
         root: The folder.
-        out: Where results are written.
+        also: Where results are written besides, if anywhere.
         rehearsed: On a CPU, with tiny sizes.
     """
 
     root: Path
-    out: Path
+    also: Path | None
     rehearsed: bool
+
+    @property
+    def out(self) -> Path:
+        """Where results are kept: beside what was built, to be gone on from."""
+        return self.root / "out"
 
     @property
     def device(self) -> str:

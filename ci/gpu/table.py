@@ -25,7 +25,7 @@ class SpoiledError(Exception):
 
 
 class Record:
-    """The tables of a stage, in `out/STAGE.json`.
+    """The tables of a stage, in `out/STAGE.json`, and in `$OUT` where that is another place.
 
     Attributes:
         faults: What was not as it must be, in lines.
@@ -36,12 +36,12 @@ class Record:
         self.place, self.stage = place, stage
         self.faults: list[str] = []
         self.late = False
-        self._path = place.out / f"{stage}.json"
         self._end = time.monotonic() + seconds
         self._lock = threading.Lock()
         self._tables: dict[str, dict[str, Any]] = {}
-        if self._path.exists():
-            found = json.loads(self._path.read_text())
+        kept = place.out / f"{stage}.json"
+        if kept.exists():
+            found = json.loads(kept.read_text())
             # Rows of another machine or folder, or of a rehearsal, are not gone on from.
             if all(found["machine"][key] == place.machine[key] for key in ("device", "packed")):
                 self._tables = found["tables"]
@@ -83,6 +83,10 @@ class Record:
         rows: dict[str, Row] = table["rows"]
         return rows
 
+    def forget(self) -> None:
+        """Make all rows again."""
+        self._tables = {}
+
     def _row(self, table: dict[str, Any], name: str, make: Callable[[], Row]) -> None:
         row = table["rows"].get(name)
         spoiled = False
@@ -109,11 +113,12 @@ class Record:
             return {NOT_RUN: said} | ({SPOILED: True} if is_spoiled() else {})
 
     def _write(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         found = {"stage": self.stage, "machine": self.place.machine, "tables": self._tables}
-        new = self._path.with_suffix(".new")
-        new.write_text(json.dumps(found, indent=1))
-        new.replace(self._path)
+        for folder in {self.place.out, self.place.also or self.place.out}:
+            folder.mkdir(parents=True, exist_ok=True)
+            new = folder / f"{self.stage}.new"
+            new.write_text(json.dumps(found, indent=1))
+            new.replace(folder / f"{self.stage}.json")
 
 
 def is_spoiled() -> bool:

@@ -23,7 +23,7 @@ DEVICE = "A GPU"
 
 def place(folder, device=DEVICE, contents="1"):
     machine = {"device": device, "date": "2026-11-30", "packed": contents}
-    return SimpleNamespace(out=folder, machine=machine, title="")
+    return SimpleNamespace(out=folder, also=folder / "also", machine=machine, title="")
 
 
 def made(folder, makers, **of):
@@ -57,6 +57,7 @@ def test_a_stage_goes_on_from_its_rows(tmp_path, capsys):
     rows, calls, record = made(tmp_path, dict.fromkeys(calls, lambda: {"value": 3}))
     assert (rows["good"]["value"], rows["bad"]["value"]) == (1, 3)
     assert calls == ["bad", "wrong"]
+    assert (tmp_path / "also/stage.json").read_text() == (tmp_path / "stage.json").read_text()
     assert not record.faults
 
 
@@ -207,7 +208,7 @@ def test_a_captured_step_leaves_its_state_where_it_was_read():
 
 
 def test_a_worker_that_ends_is_started_again(tmp_path, monkeypatch):
-    worker = kernels.Worker(Place(tmp_path, tmp_path, rehearsed=True), "stock")
+    worker = kernels.Worker(Place(tmp_path, None, rehearsed=True), "stock")
     code = "import sys; sys.stdin.readline(); print('{\"found\": 1}', flush=True)"
     monkeypatch.setattr(worker, "_command", [sys.executable, "-c", code])
     assert worker.ask("time") == 1
