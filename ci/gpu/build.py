@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ci import forks
 from ci.gpu.place import LIBRARIES, SOURCES, Place, sources
-from ci.gpu.table import Record, Row
+from ci.gpu.table import Record, Row, UnavailableError
 from ci.kernels import emulation, registers
 
 COLUMNS = ["seconds", "kernels", "registers", "spilling", "spilled"]
@@ -81,7 +81,7 @@ def _emulate(source: str) -> Row:
 def _extension(place: Place, source: str, library: str) -> Row:
     """Build one extension; ninja builds what has changed or was interrupted."""
     if shutil.which("nvcc") is None:
-        raise RuntimeError("there is no nvcc on the PATH")
+        raise UnavailableError("there is no nvcc on the PATH")
     folder = place.built(source, library)
     wanted = [arch.removeprefix("sm_") for arch in architectures(place)]
     own = {

@@ -13,13 +13,14 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from ci.gpu.table import Record, Row
 ROUNDS, CALLS = 7, 10
 COLUMNS = ["stock ms", "patched ms", "ratio", "range", "verdict", "MB", "of copy"]
 COLUMNS += ["stock peak", "peak", "bits"]
+_BUFFERS = 200  # At most, where a call's data are small.
 _COPIED = 2**30  # Bytes of the copy that the bandwidth is measured by.
 
 
@@ -152,12 +154,12 @@ class Bench:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self._calls: list[Callable[[], object]] = []
+        self._calls: Iterator[Callable[[], object]] = iter(())
         self._bandwidth = self._copy()
 
     def prepare(self, asked: list[Any], way: str) -> dict[str, Any]:
         """Make buffers, run once, and say what that took and gave."""
-        self._calls = []
+        self._calls = iter(())  # The buffers of the case before are given back.
         op, shape, modes, *sizes = asked
         case = work.Case(op, tuple(shape), tuple(modes), *sizes)
         torch.manual_seed(0)
@@ -175,10 +177,10 @@ class Bench:
         for tensor in gradients if way == "backward" else found:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         del found, gradients
-        for _ in range(self._copies(size)):
-            self._calls.append(self._ready(*make(), way))
-        for one in self._calls:  # Each once, so that all is allocated and tuned.
+        calls = [self._ready(*make(), way) for _ in range(self._copies(size))]
+        for one in calls:  # Each once, so that all is allocated and tuned.
             one()
+        self._calls = itertools.cycle(calls)
         return {
             "bytes": size,
             "peak": peak,
@@ -227,31 +229,32 @@ class Bench:
         if self.device == "cpu":
             return 1
         cache = torch.cuda.get_device_properties(0).L2_cache_size
-        return max(2, min(CALLS, 1 + 3 * cache // size))
+        return max(2, min(_BUFFERS, 1 + 2 * cache // size))
 
     def _copy(self) -> float:
         """Measure the bandwidth of a copy, in bytes read and written a second."""
         size = 2**20 if self.device == "cpu" else _COPIED
         source = torch.empty(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        return 2 * size / self._timed([lambda: target.copy_(source)], 2 * CALLS)
+        copy = itertools.repeat(lambda: target.copy_(source))
+        return 2 * size / self._timed(copy, 2 * CALLS)
 
-    def _timed(self, calls: list[Callable[[], object]], count: int) -> float:
+    def _timed(self, calls: Iterator[Callable[[], object]], count: int) -> float:
         times = []
         if self.device == "cpu":
-            for i in range(count):
+            for call in itertools.islice(calls, count):
                 start = time.perf_counter()
-                calls[i % len(calls)]()
+                call()
                 times.append(time.perf_counter() - start)
             return statistics.median(times)
         # Kernels wait until all calls are in the queue, so that no launch is in a time.
         torch.cuda.synchronize()
         torch.cuda._sleep(20_000_000)
         events = []
-        for i in range(count):
+        for call in itertools.islice(calls, count):
             pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             pair[0].record()
-            calls[i % len(calls)]()
+            call()
             pair[1].record()
             events.append(pair)
         torch.cuda.synchronize()

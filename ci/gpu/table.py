@@ -20,6 +20,10 @@ NOT_RUN = "not run"
 SPOILED = "spoiled"
 
 
+class UnavailableError(Exception):
+    """This machine lacks something without which a row cannot be made; that is no fault."""
+
+
 class SpoiledError(Exception):
     """A row left the process's device unusable; what is left has to be made in another process."""
 
@@ -62,8 +66,8 @@ class Record:
         Args:
             title: Of the table.
             columns: The values of a row that are shown; a row may have more.
-            makers: What makes each row, by its name. A maker may raise: the row says why. A value
-                under "fault" says what is not as it must be.
+            makers: What makes each row, by its name. A maker may raise: the row says why, and that
+                is a fault, but for an UnavailableError. So is a value under "fault".
             at_once: How many makers run at a time.
 
         Returns:
@@ -108,9 +112,11 @@ class Record:
             return {NOT_RUN: "the time of a stage was spent; run it again to go on"}
         try:
             return make()
+        except UnavailableError as error:
+            return {NOT_RUN: f"{error}"}
         except Exception as error:
             said = f"{type(error).__name__}: {error}".strip()[:300]
-            return {NOT_RUN: said} | ({SPOILED: True} if is_spoiled() else {})
+            return {NOT_RUN: said, "fault": said} | ({SPOILED: True} if is_spoiled() else {})
 
     def _write(self) -> None:
         found = {"stage": self.stage, "machine": self.place.machine, "tables": self._tables}
@@ -135,8 +141,11 @@ def is_spoiled() -> bool:
 def line(name: str, columns: Sequence[str], row: Row) -> str:
     """Return a row as a line of the table on the screen."""
     cells = [shown(row.get(column, "")).rjust(max(len(column), 9)) for column in columns]
-    said = [f"{key}: {row[key]}" for key in (NOT_RUN, "fault") if key in row]
-    return "  ".join([f"  {name:<46}", *(said if NOT_RUN in row else [*cells, *said])]).rstrip()
+    if NOT_RUN in row:
+        cells = [f"{NOT_RUN}: {row[NOT_RUN]}"]
+    elif "fault" in row:
+        cells.append(f"fault: {row['fault']}")
+    return "  ".join([f"  {name:<46}", *cells]).rstrip()
 
 
 def shown(value: Any) -> str:

@@ -16,7 +16,7 @@ import sys
 from ci import forks
 from ci.gpu.build import lay_out
 from ci.gpu.place import LIBRARIES, SOURCES, Place
-from ci.gpu.table import Record, Row
+from ci.gpu.table import Record, Row, UnavailableError
 
 REQUESTS = "Pull requests: their tests on stock, which must fail, and on patched kernels"
 # A rehearsal takes one that runs in the interpreter, and those of one file on the emulation.
@@ -111,9 +111,9 @@ def _laws(place: Place, file: str) -> Row:
 def _sanitized(place: Place, tool: str, tests: forks.RequestTests, source: str) -> Row:
     """Run a request's tests under compute-sanitizer, and count the errors that it sees."""
     if shutil.which("compute-sanitizer") is None:
-        raise RuntimeError("there is no compute-sanitizer on the PATH")
+        raise UnavailableError("there is no compute-sanitizer on the PATH")
     if place.rehearsed:
-        raise RuntimeError("it looks at kernels on a GPU alone")
+        raise UnavailableError("it looks at kernels on a GPU alone")
     folder = place.built(source, tests.library)
     command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", sys.executable]
     command += ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", " or ".join(tests.names)]

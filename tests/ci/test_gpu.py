@@ -12,7 +12,7 @@ from ci import forks
 from ci.gpu import build, kernels, report, table, work
 from ci.gpu.graph import GraphedStep, slots
 from ci.gpu.place import ON_CPU, Place, sources
-from ci.gpu.table import NOT_RUN, Record, SpoiledError
+from ci.gpu.table import NOT_RUN, Record, SpoiledError, UnavailableError
 from ci.gpu.tests import REQUESTS, SANITIZED
 from ci.tables import markers
 from compat.families.lookup import backbone_of
@@ -51,13 +51,22 @@ def test_a_stage_goes_on_from_its_rows(tmp_path, capsys):
         tmp_path,
         {"good": lambda: {"value": 1}, "bad": fails, "wrong": lambda: {"value": 2, "fault": "two"}},
     )
-    assert rows["bad"] == {NOT_RUN: "RuntimeError: no such kernel"}
-    assert record.faults == ["wrong: two"]
+    assert rows["bad"][NOT_RUN] == "RuntimeError: no such kernel"
+    assert record.faults == ["bad: RuntimeError: no such kernel", "wrong: two"]
     assert "no such kernel" in capsys.readouterr().out
     rows, calls, record = made(tmp_path, dict.fromkeys(calls, lambda: {"value": 3}))
     assert (rows["good"]["value"], rows["bad"]["value"]) == (1, 3)
     assert calls == ["bad", "wrong"]
     assert (tmp_path / "also/stage.json").read_text() == (tmp_path / "stage.json").read_text()
+    assert not record.faults
+
+
+def test_what_a_machine_lacks_is_said_and_no_fault(tmp_path):
+    def lacks():
+        raise UnavailableError("there is no nvcc")
+
+    rows, _, record = made(tmp_path, {"row": lacks})
+    assert rows["row"] == {NOT_RUN: "there is no nvcc"}
     assert not record.faults
 
 
