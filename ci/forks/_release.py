@@ -93,7 +93,7 @@ class Fork:
 
     @property
     def packed(self) -> bool:
-        """Whether the sources are there as they are, and nothing is fetched or built."""
+        """Return whether the sources are there as they are, and nothing is fetched or built."""
         return (self.root / PACKED).is_file()
 
     @property

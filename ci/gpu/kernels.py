@@ -150,7 +150,7 @@ def verdict(stock: list[float], patched: list[float]) -> str:
 
 
 class Bench:
-    """What a worker holds of the case at hand."""
+    """Hold what a worker has of the case at hand, and measure it."""
 
     def __init__(self, device: str) -> None:
         self.device = device

@@ -139,7 +139,7 @@ def _fetch(folder: Path, python: str) -> None:
 
 
 def _needed(python: str) -> set[str]:
-    """What WHEELS need, and they themselves, as installed here, without PROVIDED."""
+    """Return WHEELS and what they need, as installed here, without PROVIDED."""
     there = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     found: set[str] = set()
     todo = list(WHEELS)

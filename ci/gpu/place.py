@@ -39,7 +39,7 @@ class Place:
 
     @property
     def out(self) -> Path:
-        """Where results are kept: beside what was built, to be gone on from."""
+        """The folder of results, beside what was built, to be gone on from."""
         return self.root / "out"
 
     @property
@@ -77,7 +77,7 @@ class Place:
 
     @functools.cached_property
     def packed(self) -> dict[str, Any]:
-        """What `pack` wrote down.
+        """The notes that `pack` made.
 
         Raises:
             FileNotFoundError: This is no packed folder.
@@ -98,7 +98,7 @@ class Place:
 
     @functools.cached_property
     def machine(self) -> dict[str, str]:
-        """What the results are from."""
+        """The machine that the results are from."""
         import torch
 
         names = ["torch", "triton", "transformers", "sentence-transformers"]
