@@ -63,7 +63,7 @@ def fuzz_tokenizers(session):
 
 @nox.session(name="test-gpu", default=False)
 def test_gpu(session):
-    """Test the patched kernels on a machine with a GPU: build, upstream's tests, laws, times."""
+    """Build, test and measure the kernels on a machine with a GPU, as in `python -m ci.gpu`."""
     sessions.test_gpu(session)
 
 

@@ -91,34 +91,35 @@ def test_kernels(session: nox.Session) -> None:
     session.run(*PYTEST, "tests/kernels", *session.posargs, env=OFFLINE | INTERPRET)
     if session.posargs:
         return
-    # This rehearses test-gpu: a few examples of each law, which were drawn in full above.
-    session.run(*PYTEST, "tests/gpu", "-k", "not thorough", env=OFFLINE | INTERPRET)
-    tiny = ["--device", "cpu", "--layers", "2", "--hidden-size", "128", "--lengths", "64", "600"]
-    session.run("python", "-m", "ci.bench.gpu", *tiny, env=OFFLINE)
+    gpu_stages(session, "--rehearse")
     session.run("python", "-m", "ci.kernels.triton_aot")
     for tree in TREES.values():
         compile_sources(session, tree, "sm_80 sm_90 sm_100")
 
 
 def test_gpu(session: nox.Session) -> None:
-    """Build and install the patched kernels, run upstream's tests and ours, and measure."""
+    """Pack, and run the stages with what is installed here; their tables go on in later runs."""
     if shutil.which("nvidia-smi") is None:
         session.error(
             "Found no nvidia-smi on the PATH; needed: a machine with an NVIDIA GPU, its driver and "
             "the CUDA toolkit. Without one, `nox -s test-kernels` rehearses this session."
         )
     install(session, "tests", extras="[embed]")
-    session.run("python", "-m", "ci.gpu")  # Stops here if torch or the toolkit cannot use the GPU.
-    session.run("python", "-m", "ci.forks", "sync")
-    build = {"CAUSAL_CONV1D_FORCE_BUILD": "TRUE", "MAMBA_FORCE_BUILD": "TRUE"}
-    scratch = install_trees(session, TREES, "-c", "ci/constraints.txt", env=build)
-    for library in TREES:
-        # Upstream's own settings are used, not ours, and no model from a hub.
-        own = ["-c", os.devnull, "--rootdir", f"{scratch / library}"]
-        session.run("pytest", *own, f"{scratch / library}/tests", env=OFFLINE)
-    # The laws are about float32, which Triton would round to TF32 in matrix products.
-    session.run("pytest", "tests/gpu", env=OFFLINE | {"TRITON_F32_DEFAULT": "ieee"})
-    session.run("python", "-m", "ci.bench.gpu", *session.posargs, env=OFFLINE)
+    gpu_stages(session, *session.posargs)
+
+
+def gpu_stages(session: nox.Session, *options: str) -> None:
+    """Pack what a machine without a network takes, and run its stages here."""
+    folder = Path(session.create_tmp(), "gpu").absolute()
+    session.run("python", "-m", "ci.gpu", "pack", "--no-wheels", "--out", f"{folder}")
+    # What the emulation has built before is not built again.
+    Path("build").mkdir(exist_ok=True)
+    if not (folder / "build").exists():
+        (folder / "build").symlink_to(Path("build").absolute())
+    for stage in ["build", "tests", "kernels", "models", "upstream"]:
+        # 3: the time of a stage was spent, and another run of it goes on.
+        command = [f"{folder}/run", stage, *options]
+        session.run(*command, env=OFFLINE, external=True, success_codes=[0, 3])
 
 
 def test_forks(session: nox.Session) -> None:

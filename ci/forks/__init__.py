@@ -33,15 +33,32 @@ in the tree by `git am --keep`, mend there what does not fit, and export.
 """
 
 from ci.forks._alone import request
-from ci.forks._commands import check, export, patched, sources, status, sync, write_index
+from ci.forks._commands import (
+    check,
+    export,
+    patched,
+    request_tests,
+    sources,
+    status,
+    sync,
+    write_index,
+)
+from ci.forks._held import RequestTests
 from ci.forks._rebase import Rebased, rebase
-from ci.forks._release import ROOT, ForkError, libraries, stock
+from ci.forks._release import PACKED, ROOT, Fork, ForkError, libraries, stock
+from ci.forks._tests import FAILED, PASSED, Case, run_named, run_pytest, summary
 from ci.forks.hub_kernels import kernels, propagate
 
 __all__ = [
+    "FAILED",
+    "PACKED",
+    "PASSED",
     "ROOT",
+    "Case",
+    "Fork",
     "ForkError",
     "Rebased",
+    "RequestTests",
     "check",
     "export",
     "kernels",
@@ -50,9 +67,13 @@ __all__ = [
     "propagate",
     "rebase",
     "request",
+    "request_tests",
+    "run_named",
+    "run_pytest",
     "sources",
     "status",
     "stock",
+    "summary",
     "sync",
     "write_index",
 ]

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from ci.forks import roadmap
-from ci.forks._pages import index, parked
+from ci.forks._alone import commits_by_name, stacked
+from ci.forks._held import RequestTests, new_tests
+from ci.forks._pages import index, pages, parked
 from ci.forks._release import (
     ROOT,
     Fork,
@@ -45,6 +47,8 @@ def patched(library: str, root: Path = ROOT) -> Path:
     A tree with work that is not exported is returned as it is.
     """
     fork = Fork.read(library, root)
+    if fork.packed:
+        return fork.tree
     with locked(fork):
         if not unexported(fork):
             _sync(fork)
@@ -221,6 +225,25 @@ def write_index(library: str, root: Path = ROOT) -> bool:
     changed = path.read_text() != text
     path.write_text(text)
     return changed
+
+
+def request_tests(library: str, root: Path = ROOT) -> list[RequestTests]:
+    """The tests that each request of a library brings, in the order of the pages.
+
+    Raises:
+        ForkError: A request does not fit the release with what it needs.
+    """
+    fork = Fork.read(library, root)
+    found = []
+    with locked(fork), scratch(fork) as folder:
+        tree = Path(folder, "tree")
+        build(fork, listed(fork), tree)
+        requests, made = pages(fork), commits_by_name(fork, tree)
+        for one in requests:
+            before, after = stacked(tree, made, requests, one)
+            brought = new_tests(tree, before, after)
+            found.append(RequestTests(library, one.name, one.state, one.controls, brought))
+    return found
 
 
 def status(names: list[str], root: Path = ROOT) -> str:

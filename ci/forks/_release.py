@@ -20,6 +20,9 @@ from typing import Protocol
 from packaging.utils import parse_sdist_filename
 
 ROOT = Path(__file__).parents[2]
+# At the root of a folder that `ci.gpu pack` made. Its sources are there as they are, stock and
+# patched; neither git nor the release's sdist is.
+PACKED = "packed.json"
 # For a version: the newest release that is not a pre-release.
 NEWEST = "newest"
 
@@ -89,6 +92,11 @@ class Fork:
         return self.folder / "tree"
 
     @property
+    def packed(self) -> bool:
+        """Return whether the sources are there as they are, and nothing is fetched or built."""
+        return (self.root / PACKED).is_file()
+
+    @property
     def patches(self) -> Path:
         """The committed form of the patches."""
         return self.root / "patches" / self.library
@@ -143,6 +151,8 @@ def replace(folder: Path, new: Path) -> None:
 def stock(library: str, root: Path = ROOT) -> Path:
     """The release's sources, unpatched; made anew where they are missing or were changed."""
     fork = Fork.read(library, root)
+    if fork.packed:
+        return fork.folder / "stock"
     with locked(fork):
         return unpacked(fork)
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,7 +115,12 @@ def laid_out(library: str, tests: list[Path], sources: Path, folder: Path) -> Pa
 
 
 def outcomes(
-    library: str, files: list[str], tests: list[Path], sources: Path, options: list[str]
+    library: str,
+    files: list[str],
+    tests: list[Path],
+    sources: Path,
+    options: list[str],
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Case]:
     """Say what became of each test of some files, run on the package in `sources`."""
     if not files:
@@ -123,7 +129,8 @@ def outcomes(
         folder = laid_out(library, tests, sources, Path(scratch, "sources"))
         # Without prepending to the path: the tests' own folders would hide the package.
         own = ["--import-mode=importlib", "-o", "consider_namespace_packages=true"]
-        return _pytest(folder, _environment(library, sources), [*own, *options, *files])
+        variables = _environment(library, sources) | dict(environment or {})
+        return run_pytest(folder, variables, [*own, *options, *files])
 
 
 def _environment(library: str, sources: Path) -> dict[str, str]:
@@ -136,7 +143,7 @@ def _environment(library: str, sources: Path) -> dict[str, str]:
     }
 
 
-def _pytest(folder: Path, environment: dict[str, str], options: list[str]) -> dict[str, Case]:
+def run_pytest(folder: Path, environment: dict[str, str], options: list[str]) -> dict[str, Case]:
     """Run pytest in a folder, show on stderr what it prints, and read its report."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "found.xml")
@@ -212,10 +219,17 @@ def run_own(fork: Fork, tree: Path) -> list[Ran]:
     return ran + [_by(fork, runner, files, tree) for runner, files in runners.items()]
 
 
-def run_named(fork: Fork, tree: Path, files: list[str], names: list[str]) -> dict[str, Case]:
+def run_named(
+    fork: Fork,
+    tree: Path,
+    files: list[str],
+    names: list[str],
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Case]:
     """Say what became of each case of some tests, in files of a tree; run as `run_own` does.
 
-    A file that cannot be run at all is a case too, which failed.
+    A file that cannot be run at all is a case too, which failed. `environment` has variables of the
+    processes that run them, above those that are set anyway.
     """
     runners: dict[str, list[str]] = {}
     for file in files:
@@ -225,10 +239,11 @@ def run_named(fork: Fork, tree: Path, files: list[str], names: list[str]) -> dic
     for runner, own in runners.items():
         try:
             if runner:
-                found |= _run_by(fork, runner, tree, f"not test_stock and ({chosen})")
+                chosen_there = f"not test_stock and ({chosen})"
+                found |= _run_by(fork, runner, tree, chosen_there, environment)
             else:
                 options = ["--tb=short", "-k", chosen]
-                found |= outcomes(fork.library, own, [tree], tree, options)
+                found |= outcomes(fork.library, own, [tree], tree, options, environment)
         except NoReportError as error:
             found |= {f"{file}::": Case(FAILED, str(error)) for file in own}
     return found
@@ -286,13 +301,20 @@ def _by(fork: Fork, runner: str, files: list[str], tree: Path) -> Ran:
     return replace(_judged(fork, files, found), by=runner)
 
 
-def _run_by(fork: Fork, runner: str, tree: Path, chosen: str) -> dict[str, Case]:
+def _run_by(
+    fork: Fork,
+    runner: str,
+    tree: Path,
+    chosen: str,
+    above: Mapping[str, str] | None = None,
+) -> dict[str, Case]:
     """Run a file of this repository with the tree in the fork's place."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", _LIBRARY: fork.library, _TREE: str(tree)}
+    environment |= dict(above or {})
     options = ["--tb=short", "-p", __name__, "-k", chosen, runner]
-    return _pytest(fork.root, environment, options)
+    return run_pytest(fork.root, environment, options)
 
 
 def _judged(fork: Fork, files: list[str], found: dict[str, Case]) -> Ran:

@@ -103,7 +103,8 @@ def _mend_interpreter() -> None:
     """Make Triton's interpreter compute bfloat16 as a GPU does, and faster.
 
     Triton 3.9.0 keeps bfloat16 as uint16: it multiplies the bit patterns as integers, and truncates
-    where it should round.
+    where it should round. Triton 3.6.0 takes a scalar for an array of one number, of which
+    numpy 2.4 makes no index.
     """
     module = importlib.import_module("triton.runtime.interpreter")
     tl = importlib.import_module("triton.language")
@@ -129,6 +130,13 @@ def _mend_interpreter() -> None:
             raise NotImplementedError(f"{op} of bfloat16: Triton's interpreter would compute bits.")
         return binary_op(self, lhs, rhs, op)
 
+    patch_tensor = module._patch_lang_tensor
+
+    def patched_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    module._patch_lang_tensor = patched_tensor  # type: ignore[attr-defined]
     builder.cast_impl, builder.create_dot, builder.binary_op = cast, dot, binary
     # Half of its time is a check that no index exceeds 2**31; shapes here are tiny.
     object.__setattr__(module.interpreter_builder.options, "sanitize_overflow", False)
