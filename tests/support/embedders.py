@@ -80,6 +80,14 @@ def text(length: int, seed: int = 0) -> str:
     return "".join(ALPHABET[i] for i in picks)
 
 
+def record_sizes(model):
+    """Return a list that grows by the number of tokens that the model reads at a time."""
+    sizes = []
+    embeddings = model.transformers_model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+    return sizes
+
+
 def record_widths(model):
     """Return a list that grows by the width of every batch of tokens that the model reads."""
     widths = []
