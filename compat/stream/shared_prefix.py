@@ -1,4 +1,4 @@
-"""What the texts of a batch begin with, their prompt mostly: it goes through the model once."""
+"""Run once what the texts of a batch begin with: their prompt, mostly."""
 
 from __future__ import annotations
 

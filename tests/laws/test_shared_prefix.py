@@ -6,9 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentence_transformers.base.modules import Dense
-from sentence_transformers.sentence_transformer.modules import Pooling
-from support.embedders import character_tokenizer, embedder, record_sizes, save_checkpoint, text
+from support.embedders import (
+    PIPELINES,
+    character_tokenizer,
+    embedder,
+    record_sizes,
+    save_checkpoint,
+    text,
+)
 from support.stack import FORKS
 from support.tolerances import CHUNKED, COSINE, error
 
@@ -108,9 +113,9 @@ def test_bfloat16(checkpoint, rests, size, mode):
     agree(model, texts_behind(text(20, 99), rests), size, dtype=torch.bfloat16)
 
 
-def test_modules_before_the_pooling(checkpoint):
-    dense = Dense(32, 9, module_input_name="token_embeddings")
-    model = embedder(checkpoint("mamba2"), dense, Pooling(9, ("max", "mean"), include_prompt=False))
+@pytest.mark.parametrize("name", PIPELINES)
+def test_modules_around_the_pooling(checkpoint, name):
+    model = embedder(checkpoint("mamba2"), *PIPELINES[name]())
     agree(model, texts_behind("", [3, 30, 17]), 9, prompt=text(20, 99))
 
 
