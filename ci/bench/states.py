@@ -242,8 +242,9 @@ def section(rows: Sequence[Row], scale: Scale) -> str:
         f"`python -m ci.bench.states`, on {datetime.now(UTC):%Y-%m-%d}, with {scale.threads} "
         f"threads on {found['cores']} cores of {found['cpu']}, Python {found['python']}, torch "
         f"{found['torch']}, transformers {found['transformers']}; the bundled model where no other "
-        f"is named, float32, chunks of {CHUNK}. Medians of {scale.rounds} rounds in turns, and of "
-        "their ratios, with the smallest and the largest; memory is that above the loaded model."
+        f"is named, float32, chunks of {CHUNK}. Medians of rounds in turns, and of their ratios, "
+        "with the smallest and the largest where there are several; memory is that above the "
+        "loaded model."
     )
     head = ["", "goal", "with a state", "without", "times"]
     lines = [head, ["---"] * len(head)]
@@ -258,8 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--readme", action="store_true", help="write ci/bench/RESULTS.md, too")
     parser.add_argument("--smoke", action="store_true", help="short texts, a tiny model, one round")
+    parser.add_argument("--rounds", type=int, default=Scale.rounds)
     options = parser.parse_args(arguments)
-    scale = SMOKE if options.smoke else Scale()
+    scale = SMOKE if options.smoke else Scale(rounds=options.rounds)
     rows = []
     for comparison in (prompts, appending, passages):
         found = comparison(scale)

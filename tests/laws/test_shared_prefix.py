@@ -19,7 +19,7 @@ from support.tolerances import CHUNKED, COSINE, error
 
 import compat
 from compat.errors import VerticalChunkingError
-from compat.families.lookup import FAMILIES
+from compat.families.lookup import FAMILIES, backbone_of
 from compat.hooks import streamed_texts
 from compat.stream import loop, shared_prefix
 from compat.stream.pooling import POOLING_MODES
@@ -54,6 +54,22 @@ def agree(model, texts, size, dtype=torch.float32, **kwargs):
     found = in_chunks(model, texts, size, **kwargs)
     kwargs.pop("batch_size", None)
     assert cosine_distance(found, one_by_one(model, texts, **kwargs)) <= COSINE[dtype]
+
+
+@torch.no_grad()
+def rows_go_on(monkeypatch, model, rows, whole):
+    """Compare rows of which the first 9 tokens of 12 are run once with each alone in one pass."""
+    monkeypatch.setattr(shared_prefix, "SPARED", 1)
+    lengths, column = torch.tensor([12] * len(rows)), 0
+    chunks = shared_prefix.stream_sharing(*backbone_of(model), rows, lengths, 5)
+    found = []
+    for chunk in chunks:
+        assert chunk.start == column
+        column += chunk.hidden.shape[1]
+        found.append(chunk.hidden)
+    assert [part.shape[1] for part in found] == [5, 4, 3]
+    expected = torch.cat([whole(row[None]) for row in rows])
+    assert error(torch.cat(found, 1), expected) <= CHUNKED[torch.float32]
 
 
 def tokens_read(model, texts, size, **kwargs):
