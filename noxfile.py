@@ -24,6 +24,13 @@ def demo(session):
     session.run("python", "-m", "ci.demo", *session.posargs, env=OFFLINE)
 
 
+@nox.session(name="demo-states", default=False)
+def demo_states(session):
+    """Search inside a book by passages in context, and embed a log at every line: a minute."""
+    install(session, "demo")
+    session.run("python", "-m", "ci.demo_states", env=OFFLINE)
+
+
 @nox.session
 def tests(session):
     """Run all tests that need no GPU, except the slow ones of the kernels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from enum import StrEnum
 from importlib.util import find_spec
@@ -61,6 +62,18 @@ def _output(path: Path) -> Path:
     except UnicodeEncodeError as error:
         raise typer.BadParameter("Its name is not UTF-8; give another one.") from error
     return path
+
+
+def _every(value: str) -> tuple[int, int]:
+    """Return the two numbers of --spans."""
+    found = re.fullmatch(r"every=(\d+)(?:,overlap=(\d+))?", value)
+    every, overlap = (int(number or 0) for number in found.groups()) if found else (0, 0)
+    if not overlap < every:
+        raise typer.BadParameter(
+            f"{value!r} is not of the form every=256,overlap=32, with an overlap below every.",
+            param_hint="--spans",
+        )
+    return every, overlap
 
 
 @app.command()
@@ -150,6 +163,27 @@ def embed(
     text_column: Annotated[
         str, typer.Option(metavar="NAME", help="Column of the texts in tables and JSON lines.")
     ] = "text",
+    spans: Annotated[
+        str | None,
+        typer.Option(
+            metavar="every=N,overlap=M",
+            help="Embed passages of N tokens in place of whole texts, each with all the text "
+            "before it as its context; the next one begins with the last M of them (0 if left "
+            "out). The output has a row for each passage: id, start and end in characters of the "
+            "text, embedding, sha256. Documents are read one after another.",
+            show_default=False,
+        ),
+    ] = None,
+    spans_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Embed the passages that this column of JSON lines or .parquet names for each "
+            "text, in place of --spans: a list of [start, end], in characters, overlapping or "
+            "not. The sha256 is then of the text and its spans.",
+            show_default=False,
+        ),
+    ] = None,
     id_column: Annotated[
         str | None,
         typer.Option(
@@ -180,6 +214,9 @@ def embed(
     Exit status: 0 if every document is in the output, 1 if some could
     not be embedded, 2 if the command could not be carried out.
     """
+    if spans is not None and spans_column is not None:
+        raise typer.BadParameter("Give --spans or --spans-column, not both.")
+    every = None if spans is None else _every(spans)
     try:
         if find_spec("pyarrow") is None:
             raise VerticalChunkingError("no pyarrow", "pyarrow, for Parquet", _EXTRA)
@@ -198,6 +235,8 @@ def embed(
             max_seq_length=max_seq_length,
             truncate=truncate,
             traceback=traceback,
+            every=every,
+            spans_column=spans_column,
         )
     except KeyboardInterrupt as error:
         typer.echo("Interrupted. The same command carries on after the last full batch.", err=True)

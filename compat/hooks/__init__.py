@@ -8,6 +8,7 @@ __all__ = [
     "progress",
     "refusals",
     "report",
+    "spans",
     "streamed_texts",
     "switch",
 ]

@@ -44,9 +44,9 @@ from compat.hooks.streamed_texts import preprocess as preprocess_streamed
 from compat.installed.patches import Patch
 from compat.stream.chunk import Chunk
 from compat.stream.hidden_states import iter_chunks
-from compat.stream.loop import stream
 from compat.stream.pooling import TokenStream
-from compat.stream.rows import align_left, check_chunk_size, windows
+from compat.stream.rows import align_left, check_chunk_size
+from compat.stream.shared_prefix import stream_sharing
 from compat.stream.text_loop import stream_texts
 from compat.stream.token_ids import TokenIds
 
@@ -259,7 +259,8 @@ def _encode(held: Hold, original: Callable[..., Any]) -> Callable[..., Any]:
 _ENCODE_DOC = """
         vertical_chunk_size (int, optional): Added by compat. Read each text in chunks of this many
             tokens, each through all layers, with the recurrent state carried on; the embedding is
-            that of the whole text, in memory that does not depend on its length. Defaults to the
+            that of the whole text, in memory that does not depend on its length. What all texts of
+            a batch begin with, such as a prompt, is read once where that is faster. Defaults to the
             model's own `vertical_chunk_size`. With `output_value="token_embeddings"` or None the
             result holds every token's embedding, so it grows with the text whatever the chunks.
 """
@@ -431,8 +432,7 @@ def _transformer_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             tokens, lengths = align_left(input_ids, mask)
             rows = torch.tensor([*run.streamed], device=lengths.device, dtype=torch.int64)
             lengths = lengths.index_fill(0, rows, 0)
-            parts = windows(tokens.shape[1], run.size)
-            short = stream(backbone, family, tokens, lengths, parts)
+            short = stream_sharing(backbone, family, tokens, lengths, run.size)
             texts = list(run.streamed.values())
             long = stream_texts(backbone, family, texts, rows, run.size)
             chunks = chain(run.watch(short, int(lengths.sum())), run.watch_texts(long, texts))

@@ -41,27 +41,30 @@ class Pipeline:
     Args:
         model: The model; it is put in eval mode, as by `encode`.
         prompt: What comes before each text; None for the model's default prompt.
+        task: "query" or "document", by which a Router chooses the modules; None for its default.
 
     Raises:
         TypeError: model is no SentenceTransformer.
         VerticalChunkingError: The model cannot be read in chunks, or its texts not in pieces.
     """
 
-    def __init__(self, model: SentenceTransformer, prompt: str | None) -> None:
+    def __init__(
+        self, model: SentenceTransformer, prompt: str | None, task: str | None = None
+    ) -> None:
         from sentence_transformers import SentenceTransformer
 
         if not isinstance(model, SentenceTransformer):
             raise TypeError(f"model must be a SentenceTransformer; found {type(model).__name__}.")
         require_support()
-        if reads_by_itself(model, None):
+        if reads_by_itself(model, task):
             raise UnsupportedPipelineError(
                 f"a model with a module that takes {KEYWORD} itself",
                 "a Transformer and a Pooling whose chunks compat reads",
                 "use encode, which leaves the chunks to that module",
             )
-        check_modules(model, True, None)
+        check_modules(model, True, task)
         model.eval()
-        first, *self._rest = route(list(model.children()), None)
+        first, *self._rest = route(list(model.children()), task)
         backbone, family = backbone_of(first.model)
         if need_length(backbone.config):
             raise UnsupportedModelError(
@@ -72,10 +75,11 @@ class Pipeline:
         self.model = model
         self._backbone, self._family = backbone, family
         self.prompt = self._resolve(prompt)
+        extra = {} if task is None else {"task": task}
         with _lock:
             self.tokenizer, self.limit, features = streaming(
-                lambda texts: model.preprocess(texts, prompt=self.prompt or None),
-                reader_of(model, None),
+                lambda texts: model.preprocess(texts, prompt=self.prompt or None, **extra),
+                reader_of(model, task),
                 self.prompt,
             )
         check_features(first, features)

@@ -164,7 +164,9 @@ class Reader:
         """Write the reader as safetensors: the model's state, sums of the pooling, the text's end.
 
         The file is written beside its place and moved there, so that it is there whole or not at
-        all. In it stands what it depends on: weights, configuration, tokenizer, dtype, libraries.
+        all. In it stands what it depends on: weights, configuration, tokenizer, dtype, libraries;
+        and a card, `safetensors.safe_open(path, "pt").metadata()["card"]`, which says so in words
+        and lists each tensor with its shape and dtype.
 
         Raises:
             OSError: The file cannot be written.

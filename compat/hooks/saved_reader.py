@@ -57,7 +57,7 @@ def identity(model: SentenceTransformer) -> dict[str, str]:
         "tokenizer": _hash_of(
             describe(model.tokenizer.backend_tokenizer).partition('"added_tokens"')[2]
         ),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": _name_of(model.dtype),
     }
     return own | {library: _release(library) for library in _LIBRARIES}
 
@@ -84,12 +84,8 @@ def write(
     """Write tensors and a header to a file, which is there whole or not at all."""
     # Parts of one storage would be written apart from one another anyway.
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    described = json.dumps(header)
-    metadata = {
-        "format": str(FORMAT),
-        "reader": described,
-        "sha256": _hash([described.encode(), *_bytes_of(sorted(plain.items()))]),
-    }
+    said = {"reader": json.dumps(header), "card": _card(plain, header)}
+    metadata = {"format": str(FORMAT), **said, "sha256": _hash_of_file(said, plain)}
     place = Path(path)
     handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
     try:
@@ -119,17 +115,16 @@ def read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise _torn(path, str(error)) from error
-    if metadata.keys() != {"format", "reader", "sha256"} or metadata["format"] != str(FORMAT):
+    digest, release = metadata.pop("sha256", None), metadata.pop("format", None)
+    if release != str(FORMAT) or not {"reader"} <= metadata.keys() <= {"reader", "card"}:
         raise VerticalChunkingError(
-            f"{path}, which has the format {metadata.get('format', 'of something else')}",
+            f"{path}, which has the format {release or 'of something else'}",
             f"a file that Reader.save wrote, of format {FORMAT}",
             _AGAIN,
         )
-    described = metadata["reader"]
-    found = _hash([described.encode(), *_bytes_of(sorted(tensors.items()))])
-    if found != metadata["sha256"]:
+    if _hash_of_file(metadata, tensors) != digest:
         raise _torn(path, "its sha256 is another")
-    header: dict[str, Any] = json.loads(described)
+    header: dict[str, Any] = json.loads(metadata["reader"])
     return tensors, header
 
 
@@ -139,6 +134,38 @@ def _torn(path: str | PathLike[str], how: str) -> VerticalChunkingError:
         "a whole file, as Reader.save wrote it",
         _AGAIN,
     )
+
+
+def _card(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Say in Markdown what a file holds, and what it belongs to."""
+    table = [
+        f"| {name} | {' x '.join(map(str, tensor.shape))} | {_name_of(tensor.dtype)} |"
+        for name, tensor in tensors.items()
+    ]
+    own = [f"| {name} | {value} |" for name, value in header["identity"].items()]
+    lines = [
+        f"# The state of a model behind {header['start']:,} tokens of a text",
+        "",
+        "Written by `compat.Reader.save`. `compat.Reader.load(path, model)` goes on from it, with "
+        "a model that has the same:",
+        "",
+        *("| | |", "|---|---|", *own),
+        "",
+        "`state.` is the model's state, by the names of `Reader.state()`; `pooling.` has what the "
+        "pooling has added up. The text's end, which is not read yet, is in the metadata.",
+        "",
+        *("| tensor | shape | dtype |", "|---|---|---|", *table),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _name_of(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _hash_of_file(said: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    texts = [said[name].encode() for name in ("reader", "card") if name in said]
+    return _hash([*texts, *_bytes_of(sorted(tensors.items()))])
 
 
 def _without(config: dict[str, Any], *names: str) -> dict[str, Any]:

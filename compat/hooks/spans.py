@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +25,7 @@ def encode_spans(
     *,
     vertical_chunk_size: int,
     prompt: str | None = None,
+    task: str | None = None,
 ) -> NDArray[Any]:
     """Embed spans of a text, each with all the text before it as its context.
 
@@ -52,6 +53,7 @@ def encode_spans(
             taken as they are.
         vertical_chunk_size: Tokens in a chunk.
         prompt: What stands before the text; None for the model's default prompt.
+        task: "query" or "document", by which a Router chooses the modules; None for its default.
 
     Returns:
         The embeddings, (spans, dim), in the order of `spans`, and the dtype of `encode`.
@@ -67,7 +69,7 @@ def encode_spans(
     wanted, text_pieces = spans_of(spans), pieces_of(text)
     if isinstance(text, str):
         _check_ends(wanted, range(len(wanted)), len(text))
-    pipeline = Pipeline(model, prompt)
+    pipeline = Pipeline(model, prompt, task)
     if not wanted:
         return np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
     pooling, chars = SpanPooling(wanted, pipeline.modes), 0
@@ -98,7 +100,29 @@ def encode_spans(
     return pipeline.finish(pooling.finalize())
 
 
-def _tokens(pipeline: Pipeline, pieces: Iterator[str]) -> Iterator[tuple[int, int]]:
+def find_cut(
+    model: SentenceTransformer,
+    text: str | TextStream,
+    *,
+    prompt: str | None = None,
+    task: str | None = None,
+) -> tuple[int, int | None]:
+    """Find where the model's limit cuts a text; its arguments are those of `encode_spans`.
+
+    Returns:
+        How many tokens the text has, the prompt's and special ones counted, and the character at
+        which the first one begins that is not read; None where all are.
+    """
+    pipeline = Pipeline(model, prompt, task)
+    room, place, count = _room(pipeline), None, 0
+    for _, start in _tokens(pipeline, chain([pipeline.prompt], pieces_of(text))):
+        if count == room:
+            place = max(start, 0)
+        count += 1
+    return count + len(pipeline.tokenizer.special_tokens[1]), place
+
+
+def _tokens(pipeline: Pipeline, pieces: Iterable[str]) -> Iterator[tuple[int, int]]:
     """The ids, and the characters of the text at which they begin: below 0 in front of it."""
     before, _ = pipeline.tokenizer.special_tokens
     shift = len(pipeline.prompt)

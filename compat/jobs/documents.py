@@ -21,6 +21,7 @@ from compat.jobs.formats import (
     suffixes,
     tally,
 )
+from compat.jobs.span_column import Span, digest, read_spans
 from compat.jobs.text_files import NotTextError, TextFile, scan
 from compat.stream.text import TextStream
 
@@ -37,6 +38,7 @@ class Document(NamedTuple):
         size: Length of the text in bytes of UTF-8.
         sha256: SHA-256 of those bytes, in hexadecimal digits.
         where: The place it was read from: `FILE` or `FILE:LINE`, lines counted from 1.
+        spans: The passages that a column names, in characters; the sha256 is of both then.
     """
 
     id: str
@@ -44,6 +46,11 @@ class Document(NamedTuple):
     size: int
     sha256: str
     where: str
+    spans: list[Span] | None = None
+
+
+NO_TOKEN = "found a text of which the tokenizer makes no token, needed at least one"
+NOT_FINITE = "found an embedding that is not finite, needed numbers: try another --dtype"
 
 
 class Problem(NamedTuple):
@@ -66,6 +73,18 @@ class Note(NamedTuple):
         return f"{self.where}: {self.what}"
 
 
+class Columns(NamedTuple):
+    """The names of the columns of JSON lines and tables; None where there is none."""
+
+    text: str
+    id: str | None
+    spans: str | None
+
+    def wanted(self) -> list[str]:
+        """Return the names."""
+        return [name for name in self if name is not None]
+
+
 Items = Iterator[Document | Problem | Note]
 Known = dict[Path, Document]
 
@@ -76,6 +95,7 @@ def read_documents(
     id_column: str | None,
     traceback: bool = False,
     known: Known | None = None,
+    spans_column: str | None = None,
 ) -> Items:
     """Read the inputs in their order, holding one document at a time (Parquet: a few rows).
 
@@ -88,6 +108,7 @@ def read_documents(
         id_column: Where the id is there; without it, the id is `FILE:LINE`.
         traceback: Whether to raise an error that is not foreseen, instead of reporting it.
         known: Long text files that have been read before, and need not be read to be known.
+        spans_column: Where the spans of a text's passages are; without it, texts have none.
 
     Yields:
         Every document, a `Problem` in place of what is not one, and a `Note` for what a folder
@@ -95,8 +116,9 @@ def read_documents(
     """
     seen: dict[str, str] = {}
     known = {} if known is None else known
+    columns = Columns(text_column, id_column, spans_column)
     for path in inputs:
-        for item in _read_safely(path, text_column, id_column, traceback, known):
+        for item in _read_safely(path, columns, traceback, known):
             if not isinstance(item, Document):
                 yield item
             elif item.id in seen:
@@ -107,12 +129,10 @@ def read_documents(
                 yield item
 
 
-def _read_safely(
-    path: Path, text_column: str, id_column: str | None, traceback: bool, known: Known
-) -> Items:
+def _read_safely(path: Path, columns: Columns, traceback: bool, known: Known) -> Items:
     """Read an input, of which no fault keeps the other inputs from being read."""
     try:
-        yield from _read_input(path, text_column, id_column, known)
+        yield from _read_input(path, columns, known)
     except MemoryError:
         what = "found too little memory for it, needed room: split it into smaller files"
         yield Problem(str(path), what)
@@ -123,11 +143,11 @@ def _read_safely(
         yield Problem(str(path), f"found an error ({reason}), needed none; --traceback shows where")
 
 
-def _read_input(path: Path, text_column: str, id_column: str | None, known: Known) -> Items:
+def _read_input(path: Path, columns: Columns, known: Known) -> Items:
     suffix, packed = suffixes(path)
     try:
         if path.is_dir():
-            yield from _read_folder(path, known)
+            yield from _read_folder(path, columns, known)
         elif not path.exists():
             yield Problem(str(path), "found nothing there, needed a file or a folder")
         elif not path.is_file():
@@ -135,11 +155,14 @@ def _read_input(path: Path, text_column: str, id_column: str | None, known: Know
         elif (what := refusal(path)) is not None:
             yield Problem(str(path), what)
         elif suffix in JSON_LINES:
-            yield from _read_json_lines(path, text_column, id_column)
+            yield from _read_json_lines(path, columns)
         elif suffix in DELIMITERS:
-            yield from _read_csv(path, DELIMITERS[suffix], text_column, id_column)
+            yield from _read_csv(path, DELIMITERS[suffix], columns)
         elif suffix == ".parquet":
-            yield from _read_parquet(path, text_column, id_column)
+            yield from _read_parquet(path, columns)
+        elif columns.spans is not None:
+            what = f"found a text file, needed a table or JSON lines with column {columns.spans!r}"
+            yield Problem(str(path), what)
         else:
             yield known.get(path) or _read_text(path, known)
     except Exception as error:
@@ -152,7 +175,7 @@ def _read_input(path: Path, text_column: str, id_column: str | None, known: Know
             raise
 
 
-def _read_folder(folder: Path, known: Known) -> Items:
+def _read_folder(folder: Path, columns: Columns, known: Known) -> Items:
     denied: list[OSError] = []
     files, again = _walk(folder, denied)
     paths = [path for path in files if _is_text(path)]
@@ -170,7 +193,7 @@ def _read_folder(folder: Path, known: Known) -> Items:
         what = f"{links} not followed ({again[0]}): that folder is read already"
         yield Note(str(folder), what)
     for path in sorted(paths):
-        yield from _read_input(path, "", None, known)
+        yield from _read_input(path, columns, known)
 
 
 def _is_text(path: Path) -> bool:
@@ -223,7 +246,7 @@ def _read_text(path: Path, known: Known) -> Document | Problem:
     return made
 
 
-def _read_json_lines(path: Path, text_column: str, id_column: str | None) -> Items:
+def _read_json_lines(path: Path, columns: Columns) -> Items:
     with open_file(path) as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}:{number}"
@@ -241,12 +264,12 @@ def _read_json_lines(path: Path, text_column: str, id_column: str | None) -> Ite
                 yield Problem(where, f"found broken JSON ({reason}), needed one object per line")
                 continue
             if isinstance(record, dict):
-                yield _from_record(where, record, text_column, id_column)
+                yield _from_record(where, record, columns)
             else:
                 yield Problem(where, f"found {_kind(record)}, needed a JSON object")
 
 
-def _read_csv(path: Path, delimiter: str, text_column: str, id_column: str | None) -> Items:
+def _read_csv(path: Path, delimiter: str, columns: Columns) -> Items:
     # The csv module has rows of any length; pyarrow's has none longer than a block.
     with io.TextIOWrapper(
         open_file(path), encoding="utf-8-sig", errors="surrogateescape", newline=""
@@ -260,8 +283,7 @@ def _read_csv(path: Path, delimiter: str, text_column: str, id_column: str | Non
         if isinstance(names, Problem):
             yield names
             return
-        wanted = [column for column in (text_column, id_column) if column is not None]
-        if problem := _columns_problem(path, wanted, names[1]):
+        if problem := _columns_problem(path, columns.wanted(), names[1]):
             yield problem
             return
         for row in rows:
@@ -271,7 +293,7 @@ def _read_csv(path: Path, delimiter: str, text_column: str, id_column: str | Non
             where, fields = row
             if len(fields) == len(names[1]):
                 record = dict(zip(names[1], fields, strict=True))
-                yield _from_record(where, record, text_column, id_column)
+                yield _from_record(where, record, columns)
             else:
                 what = f"found {len(fields)} fields, needed {len(names[1])}, one for each column"
                 yield Problem(where, what)
@@ -304,28 +326,28 @@ def _stray_byte(fields: Sequence[str]) -> int | None:
     return None
 
 
-def _read_parquet(path: Path, text_column: str, id_column: str | None) -> Items:
+def _read_parquet(path: Path, columns: Columns) -> Items:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    columns = [text_column] if id_column is None else [text_column, id_column]
+    wanted = columns.wanted()
     number = 0
     try:
         # The buffer makes it stream a column chunk instead of reading it whole.
         with pq.ParquetFile(path, buffer_size=1 << 20) as file:
-            if problem := _columns_problem(path, columns, file.schema_arrow.names):
+            if problem := _columns_problem(path, wanted, file.schema_arrow.names):
                 yield problem
                 return
-            for batch in file.iter_batches(batch_size=16, columns=columns):
+            for batch in file.iter_batches(batch_size=16, columns=wanted):
                 for row in range(len(batch)):
                     number += 1
                     where = f"{path}:{number}"
                     try:
-                        record = {name: batch[name][row].as_py() for name in columns}
+                        record = {name: batch[name][row].as_py() for name in wanted}
                     except UnicodeDecodeError as error:
                         yield _not_utf8(where, error.object[error.start])
                     else:
-                        yield _from_record(where, record, text_column, id_column)
+                        yield _from_record(where, record, columns)
     except MemoryError:  # Arrow's own is an ArrowException too.
         raise
     except pa.ArrowException as error:
@@ -343,21 +365,25 @@ def _columns_problem(path: Path, wanted: Sequence[str], names: list[str]) -> Pro
     return None
 
 
-def _from_record(
-    where: str, record: dict[str, Any], text_column: str, id_column: str | None
-) -> Document | Problem:
-    for column in (text_column, id_column):
-        if column is not None and column not in record:
+def _from_record(where: str, record: dict[str, Any], columns: Columns) -> Document | Problem:
+    for column in columns.wanted():
+        if column not in record:
             return Problem(where, _no_column(column, record))
-    text = record[text_column]
-    name = where if id_column is None else record[id_column]
+    text = record[columns.text]
+    name = where if columns.id is None else record[columns.id]
     if not isinstance(text, str):
         found = _kind(text)
-        return Problem(where, f"found {found} in column {text_column!r}, needed a string")
+        return Problem(where, f"found {found} in column {columns.text!r}, needed a string")
     if isinstance(name, bool) or not isinstance(name, str | int):
         found = _kind(name)
-        return Problem(where, f"found {found} in column {id_column!r}, needed a string or integer")
-    return _document(where, str(name), text)
+        return Problem(where, f"found {found} in column {columns.id!r}, needed a string or integer")
+    made = _document(where, str(name), text)
+    if columns.spans is None or isinstance(made, Problem):
+        return made
+    spans = read_spans(record[columns.spans], columns.spans, text)
+    if isinstance(spans, str):
+        return Problem(where, spans)
+    return made._replace(spans=spans, sha256=digest(made.sha256, spans))
 
 
 def _document(where: str, name: str, text: str) -> Document | Problem:

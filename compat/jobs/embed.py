@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -27,15 +27,23 @@ from compat.errors import VerticalChunkingError
 from compat.hooks import progress
 from compat.hooks.cut_texts import CutTextWarning
 from compat.hooks.streamed_texts import NoTokenError, counted, is_long
-from compat.jobs.documents import Document, Known, Note, Problem, read_documents
+from compat.jobs.documents import (
+    NO_TOKEN,
+    NOT_FINITE,
+    Document,
+    Known,
+    Note,
+    Problem,
+    read_documents,
+)
 from compat.jobs.fingerprint import settings_of
-from compat.jobs.journal import Row, append, drop_torn_batch, finished, locked, merge
+from compat.jobs.journal import PassageRow, Row, append, drop_torn_batch, finished, locked, merge
 from compat.jobs.limits import Limit
 from compat.jobs.loading import in_short, is_of_memory, label, load_model
+from compat.jobs.passages import Every, embed_passages
 from compat.jobs.text_files import ChangedError
+from compat.stream.spans import NoTokenInSpanError
 from compat.stream.token_ids import TokenIds
-
-_NO_TOKEN = "found a text of which the tokenizer makes no token, needed at least one"
 
 
 def embed(
@@ -52,11 +60,16 @@ def embed(
     max_seq_length: int | None = None,
     truncate: bool = False,
     traceback: bool = False,
+    every: tuple[int, int] | None = None,
+    spans_column: str | None = None,
 ) -> int:
     """Embed the documents that the output does not have yet; the command's help says the rest.
 
     Args:
         traceback: Whether to raise what one document alone made fail, instead of reporting it.
+        every: The tokens of the passages that are embedded in place of whole texts, and how many
+            of them the next one has too.
+        spans_column: The column that names the passages of each text, in place of `every`.
 
     Returns:
         The number of problems; each was one line on stderr.
@@ -77,7 +90,7 @@ def embed(
             tqdm.write(str(item), file=sys.stderr)
 
     def unfinished() -> Iterator[Document]:
-        for item in read_documents(inputs, text_column, id_column, traceback, known):
+        for item in read_documents(inputs, text_column, id_column, traceback, known, spans_column):
             if not isinstance(item, Document):
                 report(item)
                 continue
@@ -85,6 +98,8 @@ def embed(
             if done.get(item.id) != item.sha256:
                 yield item
 
+    size_of_passages = None if every is None else Every(*every)
+    passages = every is not None or spans_column is not None
     path = output.with_name(output.name + ".partial")
     with locked(path) as journal:
         _take_granted_cpus()
@@ -95,24 +110,37 @@ def embed(
         settings = settings_of(embedder, name)
         limit = Limit(embedder, max_seq_length, truncate)
         settings["texts cut"] = str(limit)
+        if passages:
+            settings["spans"] = str(size_of_passages or "in a column")
         done.update(finished(output, path, settings))
         drop_torn_batch(path, journal)
         # A first pass tells what is wrong before hours of work, and how much there is to do.
         size = sum(doc.size for doc in unfinished())
-        start, count, tokens, passed = time.perf_counter(), 0, 0, 0
+        start, count, made, passed = time.perf_counter(), 0, 0, 0
+
+        def read(batch: Sequence[Document]) -> Iterator[Row | PassageRow | Problem]:
+            if passages:
+                for doc in batch:
+                    yield from embed_passages(
+                        embedder, doc, vertical_chunk_size, limit, size_of_passages
+                    )
+            else:
+                yield from _embed_texts(embedder, batch, vertical_chunk_size, limit)
+
         bar = tqdm(total=size, unit="B", unit_scale=True, desc="Embedding", disable=None)
         with compat.vertical_chunking(), bar, progress.into(bar):
-            for batch in _batches(unfinished(), batch_size):
+            # Each document of passages is read by itself, and its rows are kept at once.
+            for batch in _batches(unfinished(), 1 if passages else batch_size):
                 rows = []
-                for item in _embed_batch(embedder, batch, vertical_chunk_size, limit, traceback):
+                for item in _embed_batch(read, batch, traceback):
                     if isinstance(item, Problem):
                         report(item)
                     else:
                         rows.append(item)
                 if rows:
                     append(journal, rows, settings)
-                count += len(rows)
-                tokens += sum(row.num_tokens for row in rows)
+                count += len({row.id for row in rows})
+                made += sum(getattr(row, "num_tokens", 1) for row in rows)
                 # The bar has moved by characters; of the finished batch the bytes are known.
                 passed += sum(doc.size for doc in batch)
                 bar.update(passed - bar.n)
@@ -122,7 +150,8 @@ def embed(
     if (line := limit.summary()) is not None:
         print(line, file=sys.stderr)
     if kept:
-        speed = f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)"
+        unit = "passages" if passages else "tokens"
+        speed = f"{made} {unit} in {seconds:.1f} s ({made / seconds:.0f} {unit}/s)"
         _say(f"{count} documents, {speed}; {kept} rows in {output}")
     return sum(isinstance(item, Problem) for item in reported)
 
@@ -154,15 +183,13 @@ def _take_granted_cpus() -> None:
 
 
 def _embed_batch(
-    model: SentenceTransformer,
+    read: Callable[[Sequence[Document]], Iterator[Row | PassageRow | Problem]],
     batch: Sequence[Document],
-    size: int,
-    limit: Limit,
     traceback: bool = False,
-) -> list[Row | Problem]:
+) -> list[Row | PassageRow | Problem]:
     """Embed documents side by side; where that fails, each alone, to find out which it was."""
     try:
-        return list(_embed_texts(model, batch, size, limit))
+        return list(read(batch))
     except VerticalChunkingError:
         raise
     except Exception as error:
@@ -171,7 +198,7 @@ def _embed_batch(
         if len(batch) == 1:
             return [Problem(batch[0].where, _what_failed(error))]
     # Not in the handler: its error holds what the batch had taken of the device's memory.
-    return [item for doc in batch for item in _embed_batch(model, [doc], size, limit)]
+    return [item for doc in batch for item in _embed_batch(read, [doc])]
 
 
 @contextmanager
@@ -186,7 +213,9 @@ def _counted_into(streamed: dict[int, TokenIds]) -> Iterator[None]:
 
 def _what_failed(error: Exception) -> str:
     if isinstance(error, NoTokenError):
-        return _NO_TOKEN
+        return NO_TOKEN
+    if isinstance(error, NoTokenInSpanError):
+        return f"found that {str(error).partition(':')[0]}, needed a word in each span"
     if isinstance(error, ChangedError):
         return "found that it has changed since this command began, needed a file at rest"
     if is_of_memory(error):
@@ -207,7 +236,7 @@ def _embed_texts(
         elif length:
             todo.append((doc, length))
         else:
-            yield Problem(doc.where, _NO_TOKEN)
+            yield Problem(doc.where, NO_TOKEN)
     with warnings.catch_warnings(), _counted_into(streamed):
         # What is cut here is meant to be.
         warnings.simplefilter("ignore", CutTextWarning)
@@ -226,5 +255,4 @@ def _embed_texts(
         elif np.isfinite(vector).all():
             yield Row(doc.id, length, vector, doc.sha256)
         else:
-            what = "found an embedding that is not finite, needed numbers: try another --dtype"
-            yield Problem(doc.where, what)
+            yield Problem(doc.where, NOT_FINITE)

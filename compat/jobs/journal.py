@@ -31,6 +31,25 @@ class Row(NamedTuple):
     sha256: str
 
 
+class PassageRow(NamedTuple):
+    """A row of an output of passages; those of one document are written together."""
+
+    id: str
+    start: int
+    end: int
+    embedding: np.ndarray[Any, Any]
+    sha256: str
+
+
+_TYPES = {
+    "id": pa.string(),
+    "num_tokens": pa.int64(),
+    "start": pa.int64(),
+    "end": pa.int64(),
+    "sha256": pa.string(),
+}
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[BinaryIO]:
     """The journal, opened for appending and locked; an empty one is deleted in the end."""
@@ -55,19 +74,17 @@ def locked(path: Path) -> Iterator[BinaryIO]:
                 path.unlink()
 
 
-def append(journal: BinaryIO, rows: Sequence[Row], settings: dict[str, str]) -> None:
+def append(journal: BinaryIO, rows: Sequence[Row | PassageRow], settings: dict[str, str]) -> None:
     """Write the rows as one record batch, so that they outlive this process and the machine."""
-    vectors = np.stack([row.embedding for row in rows]).astype(np.float32)
+    columns = dict(zip(rows[0]._fields, zip(*rows, strict=True), strict=True))
+    vectors = np.stack(columns["embedding"]).astype(np.float32)
     kind = pa.list_(pa.float32(), vectors.shape[1])
-    batch = pa.record_batch(
-        {
-            "id": pa.array([row.id for row in rows], pa.string()),
-            "num_tokens": pa.array([row.num_tokens for row in rows], pa.int64()),
-            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), type=kind),
-            "sha256": pa.array([row.sha256 for row in rows], pa.string()),
-        },
-        metadata={SETTINGS_KEY: json.dumps(settings)},
-    )
+    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), type=kind)
+    arrays = {
+        name: embeddings if name == "embedding" else pa.array(values, _TYPES[name])
+        for name, values in columns.items()
+    }
+    batch = pa.record_batch(arrays, metadata={SETTINGS_KEY: json.dumps(settings)})
     if journal.tell() == 0:
         journal.write(batch.schema.serialize())
     journal.write(batch.serialize())
@@ -130,10 +147,12 @@ def finished(output: Path, path: Path, settings: dict[str, str]) -> dict[str, st
         if SETTINGS_KEY not in metadata:
             raise foreign(file)
         found = json.loads(metadata[SETTINGS_KEY])
-        if differing := [key for key in settings if found.get(key) != settings[key]]:
+        # A file of whole texts, and the settings for one, do not speak of passages.
+        keys = dict.fromkeys([*settings, *found])
+        if differing := [key for key in keys if found.get(key) != settings.get(key)]:
             raise VerticalChunkingError(
                 f"{file} with " + ", ".join(f"{key} {found.get(key)}" for key in differing),
-                ", ".join(f"{key} {settings[key]}" for key in differing),
+                ", ".join(f"{key} {settings.get(key)}" for key in differing),
                 f"give another --output, or delete {file}",
             )
     return {
@@ -160,7 +179,7 @@ def foreign(path: Path) -> VerticalChunkingError:
 
 
 def merge(output: Path, path: Path, order: Iterable[str]) -> int:
-    """Make the rows of output and journal the output, the newest row of each id.
+    """Make the rows of output and journal the output: the newest row of each id, or passages.
 
     Args:
         output: The Parquet file, if there is one already.
@@ -177,8 +196,8 @@ def merge(output: Path, path: Path, order: Iterable[str]) -> int:
     if not tables:
         return 0
     table = pa.concat_tables(tables)
-    newest = {name: row for row, name in enumerate(table["id"].to_pylist())}
-    indices = [newest[name] for name in dict.fromkeys([*order, *newest]) if name in newest]
+    newest = _newest(tables)
+    indices = [row for name in dict.fromkeys([*order, *newest]) for row in newest.get(name, ())]
     temporary = output.with_name(output.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -189,3 +208,18 @@ def merge(output: Path, path: Path, order: Iterable[str]) -> int:
         temporary.unlink(missing_ok=True)
         raise
     return len(indices)
+
+
+def _newest(tables: Sequence[pa.Table]) -> dict[str, list[int]]:
+    """Return for each id its newest rows, counted through all tables: those written together."""
+    found: dict[str, list[int]] = {}
+    row, last = 0, None
+    for place, table in enumerate(tables):
+        names, digests = table["id"].to_pylist(), table["sha256"].to_pylist()
+        for name, digest in zip(names, digests, strict=True):
+            if (place, name, digest) != last:
+                found[name] = []
+                last = place, name, digest
+            found[name].append(row)
+            row += 1
+    return found

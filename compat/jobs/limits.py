@@ -72,10 +72,19 @@ class Limit:
         return self._read(doc, count, ids.count)
 
     def _read(self, doc: Document, count: int, read: int) -> int | None:
+        if not self.admits(doc, read):
+            return None
+        return count if self.tokens is None else min(count, self.tokens)
+
+    def admits(self, doc: Document, read: int) -> bool:
+        """Return whether a text of so many tokens, with its prompt, is embedded; count a long one.
+
+        One that is longer than the limit is where it is to be cut.
+        """
         if self.tokens is None or read <= self.tokens:
-            return count
+            return True
         self.cut[doc.id] = read
-        return min(count, self.tokens) if self.truncate else None
+        return self.truncate
 
     def problem(self, doc: Document) -> str:
         """Say why the text of a document is not embedded."""

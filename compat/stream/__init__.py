@@ -12,6 +12,7 @@ __all__ = [
     "pooling",
     "reading",
     "rows",
+    "shared_prefix",
     "spans",
     "text",
     "text_loop",

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from compat.families.base import Family
 from compat.families.positions import settling
+from compat.families.states import copied
 from compat.stream.chunk import Chunk
 from compat.stream.rows import Window, batches, steps
 
@@ -41,6 +42,7 @@ def stream(
     input_ids: Tensor,
     lengths: Tensor,
     parts: Sequence[Window],
+    begun: Any = None,
 ) -> Iterator[Chunk]:
     """Run the rows part by part through all layers, and carry the state from part to part.
 
@@ -49,14 +51,16 @@ def stream(
         family: How its state is carried.
         input_ids: (batch, seqlen) int64, each row's tokens at its beginning.
         lengths: (batch,) int64, the number of tokens of each row.
-        parts: Consecutive `(start, end)` from 0 to seqlen; a row's tokens are run in the parts
-            that they reach, and not beyond.
+        parts: Consecutive `(start, end)` up to seqlen, from 0 or from where `begun` is; a row's
+            tokens are run in the parts that they reach, and not beyond.
+        begun: The state, of one row, behind the tokens in front of the first part, which are the
+            same in all rows; it is copied, and stays as it is.
 
     Yields:
         A `Chunk` for each batch of `batches` and each part that it reaches, batch after batch.
     """
     for rows in batches(lengths, parts):
-        yield from run_together(backbone, family, input_ids, lengths, parts, rows)
+        yield from run_together(backbone, family, input_ids, lengths, parts, rows, begun)
 
 
 @torch.inference_mode(False)
@@ -68,12 +72,15 @@ def run_together(
     lengths: Tensor,
     parts: Sequence[Window],
     rows: Tensor,
+    begun: Any = None,
 ) -> Iterator[Chunk]:
     """`stream` of some rows, (n,) int64, as one batch that rows leave after their last part."""
     if family.grows:
         warn_that_it_grows(str(backbone.config.model_type))
     settled = settling(backbone, int(lengths[rows].max()))
     state: Any = None
+    if begun is not None:
+        state = family.select_rows(copied(begun), torch.zeros_like(rows))
     count = len(rows)
     for step in steps(rows, lengths, parts):
         if step.kept is not None and len(step.kept) < count:

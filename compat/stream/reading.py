@@ -57,7 +57,8 @@ class Reading:
         if self._ended:
             raise RuntimeError("read() behind a single token, or after a chunk that failed.")
         self._ended = True  # Until the chunk is through, the state is neither old nor new.
-        tokens = padded([[*ids]], self.start).to(self._backbone.device)
+        # The xlstm package's own model has no attribute `device`.
+        tokens = padded([[*ids]], self.start).to(next(self._backbone.parameters()).device)
         hidden, self.state = self._family.forward(self._backbone, tokens, self.start, self.state)
         self._ended = tokens.shape[1] > len(ids)
         self.start += len(ids)

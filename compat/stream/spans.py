@@ -20,6 +20,10 @@ from compat.stream.tokenizer import StreamingTokenizer
 Span = tuple[int, int]
 
 
+class NoTokenInSpanError(ValueError):
+    """No token begins in a span."""
+
+
 def spans_by_tokens(
     tokenizer: Any, text: str | TextStream, *, every: int = 256, overlap: int = 32
 ) -> list[Span]:
@@ -166,7 +170,7 @@ class SpanPooling:
 
         Raises:
             UnsupportedTokenizerError: A token begins before the one in front of it.
-            ValueError: A span has ended without a token.
+            NoTokenInSpanError: A span has ended without a token.
         """
         for start in starts:
             if start < self._last:
@@ -190,13 +194,13 @@ class SpanPooling:
         """End the spans that hold no character from `place` on.
 
         Raises:
-            ValueError: One of them has no token.
+            NoTokenInSpanError: One of them has no token.
         """
         self._open_until(place)
         for index, (pooling, seen) in [*self._open.items()]:
             if self._spans[index][1] <= place:
                 if not seen:
-                    raise ValueError(
+                    raise NoTokenInSpanError(
                         f"Span {index}, {self._spans[index]}, has no token: none begins in it. "
                         "Leave it out, or let it begin where a word does."
                     )

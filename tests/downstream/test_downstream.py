@@ -8,6 +8,7 @@ from support.tolerances import CHUNKED
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import compat
+from compat.families.lookup import backbone_of
 
 # Warnings about other libraries are not ours to mend.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -38,8 +39,9 @@ def saved_with_default(model, whole, tmp_path):
 
 
 @pytest.fixture
-def widths():
+def widths(model):
     """Return a list that grows by the width of every batch of tokens that any model reads."""
+    backbone_of(model.transformers_model)  # Which asks a model of its class once, on some tokens.
     found = []
 
     def note(module, arguments):
@@ -108,3 +110,35 @@ def test_haystack_passes_encode_kwargs_on(saved, whole, widths):
     query = SentenceTransformersTextEmbedder(**options)
     query.warm_up()
     assert_chunked(query.run(TEXTS[0])["embedding"], whole[0], widths)
+
+
+BOOK = "\n\n".join(" ".join(f"{text(20, 9 * p + s)}." for s in range(9)) for p in range(3))
+
+
+def assert_passages(model, passages, texts):
+    """Each is the mean of its own tokens, one a character, in one pass over the whole text."""
+    tokens = model.encode(BOOK, output_value="token_embeddings").numpy()
+    spans = [(BOOK.index(words), BOOK.index(words) + len(words)) for words in texts]
+    whole = np.stack([tokens[start:end].mean(0) for start, end in spans])
+    found = compat.encode_spans(model, BOOK, passages, vertical_chunk_size=8)
+    assert len(found) > 3
+    np.testing.assert_allclose(found, whole, rtol=0, atol=CHUNKED[torch.float32])
+
+
+def test_documents_of_langchains_splitters_are_spans(model):
+    from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+    splitter = RecursiveCharacterTextSplitter(
+        chunk_size=100, chunk_overlap=20, add_start_index=True
+    )
+    documents = splitter.create_documents([BOOK])
+    assert_passages(model, documents, [document.page_content for document in documents])
+
+
+def test_nodes_of_llama_indexes_parsers_are_spans(model):
+    from llama_index.core import Document
+    from llama_index.core.node_parser import SentenceSplitter
+
+    splitter = SentenceSplitter(chunk_size=60, chunk_overlap=10)
+    nodes = splitter.get_nodes_from_documents([Document(text=BOOK)])
+    assert_passages(model, nodes, [node.get_content() for node in nodes])

@@ -19,6 +19,7 @@ import compat
 from compat.families.fla import FAMILIES, REFUSED
 from compat.families.lookup import backbone_of
 from tests.laws.test_model import alone, error, in_chunks, tokens
+from tests.laws.test_shared_prefix import rows_go_on
 
 GPU = torch.cuda.is_available()
 for package in ("fla", "triton"):
@@ -133,6 +134,14 @@ def check(model_type, begins, size, rows=(0, 1, 2), right=3):
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_chunks_of_rows_padded_on_both_sides(model_type):
     check(model_type, begins=[0, 8, 0], size=7)
+
+
+@pytest.mark.skipif(GPU, reason="on a GPU each row is read from its beginning on")
+@pytest.mark.parametrize("model_type", MAIN)
+def test_rows_go_on_from_the_state_behind_what_they_share(model_type, monkeypatch):
+    model = tiny(model_type)
+    rows = torch.stack([torch.cat([TEXTS[0][:9], text[:3]]) for text in TEXTS])
+    rows_go_on(monkeypatch, model, rows, lambda row: model(row, use_cache=False).last_hidden_state)
 
 
 @pytest.mark.parametrize("model_type", MAIN)

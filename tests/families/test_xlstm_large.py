@@ -12,6 +12,7 @@ from support.tolerances import CHUNKED, NO_WORSE_FACTOR, NO_WORSE_SLACK
 import compat
 from compat.families.lookup import backbone_of
 from tests.laws.test_model import alone, batches, error, in_chunks, tokens
+from tests.laws.test_shared_prefix import rows_go_on
 
 xlstm = pytest.importorskip(
     "xlstm.xlstm_large.model", reason='needs the xlstm package: pip install ".[xlstm]"'
@@ -70,6 +71,13 @@ def test_chunks_give_each_row_what_it_gives_alone(weight_mode, batch, size):
     model = tiny(weight_mode=weight_mode)
     found = in_chunks(model, *batch, size)
     assert error(found, alone(Hidden(model), *batch)) <= CHUNKED[torch.float32]
+
+
+def test_rows_go_on_from_the_state_behind_what_they_share(monkeypatch):
+    rows = tokens(3 * 12).view(3, 12)
+    rows[:, :9] = rows[0, :9]
+    whole = Hidden(tiny())
+    rows_go_on(monkeypatch, tiny(), rows, lambda row: whole(row).last_hidden_state)
 
 
 @settings(max_examples=FEW)

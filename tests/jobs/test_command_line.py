@@ -1059,6 +1059,7 @@ def test_help_names_every_option():
     for option in (
         "--output", "--model", "--vertical-chunk-size", "--batch-size", "--dtype", "--device",
         "--text-column", "--id-column", "--max-seq-length", "--truncate", "--traceback",
+        "--spans", "--spans-column",
     ):  # fmt: skip
         assert option in text
     for word in (

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
-from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling, StaticEmbedding
-from support.embedders import character_tokenizer, embedder, save_checkpoint, text
+from sentence_transformers.base.modules import Normalize, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from support.embedders import PIPELINES, character_tokenizer, embedder, save_checkpoint, text
 from support.tolerances import COSINE
 
 import compat
@@ -94,28 +94,9 @@ def test_bfloat16(checkpoint, lengths, size, mode):
     assert distance <= COSINE[torch.bfloat16]
 
 
-def pipelines():
-    """Return the modules around the pooling, by name."""
-    token_wise = {"module_input_name": "token_embeddings"}
-    return {
-        "normalize": lambda: [Pooling(32, "mean"), Normalize()],
-        "dense behind": lambda: [Pooling(32, "lasttoken"), Dense(32, 7)],
-        "layer norm behind": lambda: [Pooling(32, "mean"), LayerNorm(32)],
-        "dense before": lambda: [Dense(32, 9, **token_wise), Pooling(9, ("max", "mean"))],
-        "normalize before": lambda: [Normalize("token_embeddings"), Pooling(32, "weightedmean")],
-        "all of them": lambda: [
-            Dense(32, 12, use_residual=True, **token_wise),
-            Normalize("token_embeddings"),
-            Pooling(12, ("cls", "mean_sqrt_len_tokens")),
-            Dense(24, 16),
-            Normalize(),
-        ],
-    }
-
-
-@pytest.mark.parametrize("name", pipelines())
+@pytest.mark.parametrize("name", PIPELINES)
 def test_modules_before_and_behind_pooling(checkpoint, name):
-    model = embedder(checkpoint("mamba2"), *pipelines()[name]())
+    model = embedder(checkpoint("mamba2"), *PIPELINES[name]())
     texts = texts_of([1, 30, 60, 2, 17])
     for size in (1, 16, 64):
         distance = cosine_distance(in_chunks(model, texts, size), one_by_one(model, texts))

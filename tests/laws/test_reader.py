@@ -10,9 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sentence_transformers.base.modules import Dense, Normalize
-from sentence_transformers.sentence_transformer.modules import Pooling
-from support.embedders import character_tokenizer, embedder, record_widths, text, word_tokenizer
+from support.embedders import (
+    PIPELINES,
+    character_tokenizer,
+    embedder,
+    record_widths,
+    text,
+    word_tokenizer,
+)
 from support.families import tiny_model, tokens
 from support.stack import FORKS
 from support.tolerances import CHUNKED, COSINE
@@ -94,13 +99,6 @@ def test_every_pooling_and_prompt(
     reader = compat.Reader(model, vertical_chunk_size=data.draw(CHUNKS), prompt=prompt)
     saved = tmp_path_factory.getbasetemp() / "reader.safetensors"
     random_acts(data, model, reader, whole, saved, prompt)
-
-
-TOKEN_WISE = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
-PIPELINES = {
-    "dense behind": lambda: [Pooling(32, "lasttoken"), Dense(32, 9), Normalize()],
-    "dense before": lambda: [Dense(32, 9, **TOKEN_WISE), Pooling(9, ("max", "mean"))],
-}
 
 
 @pytest.mark.parametrize("modules", PIPELINES)
@@ -297,6 +295,31 @@ def test_a_file_is_one_of_safetensors_and_nothing_lies_beside_it(saved):
     assert all(name.startswith(("state.", "pooling.")) for name in load_file(saved))
     with safe_open(saved, "pt") as file:
         assert json.loads(file.metadata()["reader"])["prompt"] == "prompt: "
+
+
+def test_the_card_of_a_file_lists_its_tensors(saved):
+    with safe_open(saved, "pt") as file:
+        card = file.metadata()["card"]
+    for name, tensor in load_file(saved).items():
+        shape = " x ".join(map(str, tensor.shape))
+        assert f"| {name} | {shape} | {str(tensor.dtype).removeprefix('torch.')} |" in card
+    assert card.startswith("# The state of a model behind ")
+    assert f"| torch | {torch.__version__.partition('+')[0]}" in card
+
+
+def test_a_file_without_a_card_is_read(saved, model, monkeypatch, tmp_path):
+    reader = compat.Reader.load(saved, model)
+    monkeypatch.setattr(saved_reader, "_card", lambda *_: "")
+    original = saved_reader.save
+    monkeypatch.setattr(
+        saved_reader, "save", lambda plain, metadata: original(plain, _without_card(metadata))
+    )
+    reader.save(tmp_path / "old")
+    exact(compat.Reader.load(tmp_path / "old", model), model, text(40), "prompt: ")
+
+
+def _without_card(metadata):
+    return {name: value for name, value in metadata.items() if name != "card"}
 
 
 @settings(max_examples=30)

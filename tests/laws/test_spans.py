@@ -7,9 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
-from support.embedders import embedder, save_checkpoint, text, word_tokenizer
+from support.embedders import PIPELINES, embedder, save_checkpoint, text, word_tokenizer
 from support.stack import FORKS
 from support.tolerances import COSINE
 
@@ -137,14 +136,6 @@ def test_a_token_that_begins_in_the_prompt_is_in_no_span(tmp_path_factory):
     agree(model, "cdthe", [(2, 5)], 3, prompt="ab")
     with pytest.raises(ValueError, match=r"Span 0, \(0, 2\), has no token"):
         compat.encode_spans(model, "cdthe", [(0, 2)], vertical_chunk_size=3, prompt="ab")
-
-
-TOKEN_WISE = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
-PIPELINES = {
-    "normalize": lambda: [Pooling(32, "mean"), Normalize()],
-    "dense behind": lambda: [Pooling(32, "lasttoken"), Dense(32, 7), Normalize()],
-    "dense before": lambda: [Dense(32, 9, **TOKEN_WISE), Pooling(9, ("max", "mean"))],
-}
 
 
 @pytest.mark.parametrize("modules", PIPELINES)

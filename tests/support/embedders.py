@@ -4,13 +4,32 @@ from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
 from support.families import tiny_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,:"
+
+
+TOKEN_WISE = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+
+# Modules behind the Transformer of a tiny model, by what is special about them.
+PIPELINES = {
+    "normalize": lambda: [Pooling(32, "mean"), Normalize()],
+    "dense behind": lambda: [Pooling(32, "lasttoken"), Dense(32, 7)],
+    "layer norm behind": lambda: [Pooling(32, "mean"), LayerNorm(32)],
+    "dense before": lambda: [Dense(32, 9, **TOKEN_WISE), Pooling(9, ("max", "mean"))],
+    "normalize before": lambda: [Normalize("token_embeddings"), Pooling(32, "weightedmean")],
+    "all of them": lambda: [
+        Dense(32, 12, use_residual=True, **TOKEN_WISE),
+        Normalize("token_embeddings"),
+        Pooling(12, ("cls", "mean_sqrt_len_tokens")),
+        Dense(24, 16),
+        Normalize(),
+    ],
+}
 
 
 def character_tokenizer(padding_side="right", end_of_text=False):
@@ -78,6 +97,14 @@ def text(length: int, seed: int = 0) -> str:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + length)
     picks = torch.randint(26, (length,), generator=generator).tolist()
     return "".join(ALPHABET[i] for i in picks)
+
+
+def record_sizes(model):
+    """Return a list that grows by the number of tokens that the model reads at a time."""
+    sizes = []
+    embeddings = model.transformers_model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+    return sizes
 
 
 def record_widths(model):
