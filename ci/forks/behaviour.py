@@ -200,7 +200,7 @@ def _multi_vector(checkpoint: str, text: str) -> bool:
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
     modules = [Transformer(checkpoint), MultiVectorMask()]
-    model = MultiVectorEncoder(modules=modules, device="cpu")
+    model: Any = MultiVectorEncoder(modules=modules, device="cpu")
     return _same(*(model.encode(text, **size) for size in ({"vertical_chunk_size": 8}, {})))
 
 
