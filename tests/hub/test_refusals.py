@@ -57,7 +57,8 @@ PACKED = torch.tensor([0, 4, 12])
 @pytest.mark.parametrize("call", [scan, fused, step, mamba1, convolution])
 def test_what_a_model_hands_to_its_attention_is_left_alone(call):
     given = dict.fromkeys(set(TransformersKwargs.__annotations__) - {"seq_idx"}, IDS)
-    call(**given | {"cu_seq_lens_q": PACKED[:2], "seq_idx": None, "token_type_ids": IDS})
+    given |= {"cu_seq_lens_q": PACKED[:2], "seq_idx": None, "output_state": IDS, "max_seqlen": 6}
+    call(**given, position_embeddings=(X, X))
 
 
 def test_what_a_newer_function_takes_is_handed_on(monkeypatch):
@@ -66,12 +67,13 @@ def test_what_a_newer_function_takes_is_handed_on(monkeypatch):
     serve = importlib.import_module(f"{hub.kernel().__name__}._causal_conv1d._serve")
 
     own = inspect.signature(hub.kernel().selective_scan_fn).parameters.values()
-    more = inspect.Parameter("seqs_of_states", inspect.Parameter.KEYWORD_ONLY)
+    more = inspect.Parameter("seqs_of_states", inspect.Parameter.KEYWORD_ONLY, default=None)
 
     def selective_scan_fn(*args, **kwargs):
         return kwargs["seqs_of_states"]
 
     selective_scan_fn.__signature__ = inspect.Signature([*own, more])
+    monkeypatch.setattr(serve, "OPTIONS", set(serve.OPTIONS))
     monkeypatch.setattr(layers, "_scan", serve.by_device(selective_scan_fn, None))
     assert mamba1(seqs_of_states=3) == 3
 
@@ -79,7 +81,7 @@ def test_what_a_newer_function_takes_is_handed_on(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "more", "kind", "said"),
     [
-        (convolution, {"initial_state": X}, TypeError, "found initial_state, which the fun"),
+        (convolution, {"initial_state": X}, TypeError, "found initial_state, which no fun"),
         (convolution, {"cache_seqlens": IDS}, TypeError, "cache_seqlens"),
         (convolution, {"cu_seq_lens_q": PACKED}, ValueError, "of 2 sequences and no seq_idx"),
         (convolution, {"activation": "gelu"}, ValueError, "'gelu'"),
@@ -95,10 +97,10 @@ def test_what_a_newer_function_takes_is_handed_on(monkeypatch):
         (scan, {"state_dtype": BF16}, NotImplementedError, "found state_dtype torch.bfloat16 with"),
         (scan, {"state_dtype": F64}, NotImplementedError, "kept in torch.float32. Leave it"),
         (fused, {"state_dtype": torch.float16}, NotImplementedError, "torch.float16 .* on a CPU"),
-        (fused, {"state_dtypes": F32}, TypeError, "found state_dtypes, which the function"),
+        (fused, {"state_dtypes": F32}, TypeError, "found state_dtypes, which no function"),
         (step, {"state_dtype": F32}, TypeError, "found state_dtype, which the function for a CPU"),
         (mamba1, {"state_dtype": F32}, TypeError, "found state_dtype, which the function"),
-        (mamba1, {"anything": F32}, TypeError, "selective_scan_fn: found anything, which"),
+        (mamba1, {"initial_state": X}, TypeError, "If initial_states is meant, write it so"),
         (step, {"seq_idx": IDS[:, :1]}, TypeError, "found seq_idx, which the function for a CPU"),
         (step, {"state_batch_indices": IDS[:, 0]}, NotImplementedError, "GPU only"),
         (step, {"D": X}, ValueError, "D must be"),

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+import torch
+
+# The optional arguments of all functions of the kernel.
+OPTIONS: set[str] = set()
+_FOR_ATTENTION = {"cu_seq_lens_q", "cu_seq_lens_k"}
 
 
 def by_device(on_cpu: Callable[..., Any], on_gpu: ModuleType | None) -> Callable[..., Any]:
@@ -23,6 +30,10 @@ def by_device(on_cpu: Callable[..., Any], on_gpu: ModuleType | None) -> Callable
     if on_gpu is not None:
         own = getattr(on_gpu, name)
         served["cuda"] = own, tuple(inspect.signature(own).parameters)
+
+    for one, _ in served.values():
+        parameters = inspect.signature(one).parameters.values()
+        OPTIONS.update(p.name for p in parameters if p.default is not p.empty)
 
     @functools.wraps(on_cpu)
     def function(*args: Any, **kwargs: Any) -> Any:
@@ -52,27 +63,28 @@ def by_device(on_cpu: Callable[..., Any], on_gpu: ModuleType | None) -> Callable
     return function
 
 
-# What every model of transformers takes, and hands on to all of its layers: for attention, losses
-# and outputs. What speaks of sequences for a recurrent layer is `seq_idx`.
-_FOR_OTHERS = {"num_items_in_batch", "output_hidden_states", "output_attentions"}
-_FOR_OTHERS |= {"output_router_logits", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"}
-_FOR_OTHERS |= {"max_length_k", "position_ids", "is_causal", "shift_labels", "token_type_ids"}
-
-
 def further(layer: str, given: dict[str, Any]) -> dict[str, Any]:
     """Of the further keyword arguments of a layer, those that its function is given.
 
-    They are all that a model of transformers does not hand on to any layer. The function itself
-    knows which of them it takes, and refuses the others.
+    A model of transformers hands on what its other layers take too. What an argument is for, the
+    signatures say: one that any function of this kernel takes is given to the layer's function,
+    which refuses it if it does not take it; one that none takes is left alone.
 
     Args:
         layer: Its name.
         given: The arguments; None counts as not given.
 
     Raises:
+        TypeError: One is written nearly as an argument of the kernel. Compiled code does not look.
         ValueError: Rows hold several sequences, and `seq_idx` does not say where.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    for name in () if torch.compiler.is_compiling() else given.keys() - OPTIONS - _FOR_ATTENTION:
+        if near := difflib.get_close_matches(name, OPTIONS, 1, 0.85):
+            raise TypeError(
+                f"{layer}: found {name}, which no function of this kernel takes. If {near[0]} is "
+                "meant, write it so; if it is for another layer, run the model without this one."
+            )
     ends = given.get("cu_seq_lens_q")
     if ends is not None and len(ends) > 2 and "seq_idx" not in given:
         raise ValueError(
@@ -80,4 +92,4 @@ def further(layer: str, given: dict[str, Any]) -> dict[str, Any]:
             "seq_idx, int32 (batch, seqlen), to keep them apart; in transformers it comes from "
             "DataCollatorWithFlattening(return_seq_idx=True)."
         )
-    return {name: value for name, value in given.items() if name not in _FOR_OTHERS}
+    return {name: value for name, value in given.items() if name in OPTIONS}

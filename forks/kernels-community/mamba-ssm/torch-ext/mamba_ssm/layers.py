@@ -16,8 +16,10 @@ from . import mamba_inner_fn as _inner
 from . import mamba_split_conv1d_scan_combined as _split
 from . import selective_scan_fn as _scan
 from . import selective_state_update as _update
-from ._causal_conv1d._serve import further
+from ._causal_conv1d._serve import OPTIONS, further
 from ._causal_conv1d.layers import causal_conv1d_fn, causal_conv1d_update
+
+OPTIONS.add("state_dtype")  # Of the functions of Mamba-2, from the next release of mamba-ssm on.
 
 
 def _further(layer: str, on: Tensor, given: dict[str, Any]) -> dict[str, Any]:
