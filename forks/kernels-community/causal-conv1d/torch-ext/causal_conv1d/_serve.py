@@ -80,7 +80,7 @@ def further(layer: str, given: dict[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in given.items() if value is not None}
     for name in () if torch.compiler.is_compiling() else given.keys() - OPTIONS - _FOR_ATTENTION:
-        if near := difflib.get_close_matches(name, OPTIONS, 1, 0.85):
+        if near := difflib.get_close_matches(name, OPTIONS, 1, 0.8):
             raise TypeError(
                 f"{layer}: found {name}, which no function of this kernel takes. If {near[0]} is "
                 "meant, write it so; if it is for another layer, run the model without this one."
