@@ -25,7 +25,7 @@ PYTEST = ["pytest", "-n", "auto", "--dist", "worksteal"]
 TREES = {library: f"forks/{library}/tree" for library in ["causal-conv1d", "mamba-ssm"]}
 # The patched libraries that need no compat; tests hold them to the laws without it.
 NATIVE = ["transformers", "sentence-transformers"]
-_HOOKS = "stack refusals stored_default workers"
+_HOOKS = "stack refusals workers"
 LAWS = [
     *(f"tests/laws/test_{name}.py" for name in ["model", "encode", "released"]),
     *(f"tests/hooks/test_{name}.py" for name in _HOOKS.split()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 from ci.forks._pages import Request, bare, needed, page, pages
@@ -106,7 +107,7 @@ def request(
         (checkout / path).write_bytes((tree / path).read_bytes())
         git(checkout, "add", "--", path)
     for patch in one.patches:
-        merged = run_git(checkout, "cherry-pick", "--no-commit", made[patch])
+        merged = _merge(checkout, made[patch])
         message = git(tree, "log", "-1", "--format=%B", made[patch])
         if merged.returncode:
             found = conflicts(checkout) or [merged.stderr.decode().strip()]
@@ -124,6 +125,16 @@ def request(
     if needs:
         lines.append(f"Needs what is checked out to have: {'; '.join(needs)}.\n")
     return True, [*lines, one.sections["Body"], "", one.sections["Before it is sent"]]
+
+
+def _merge(checkout: Path, commit: str) -> subprocess.CompletedProcess[bytes]:
+    """Merge a commit three ways, without committing it; a release may have other line ends."""
+    with tempfile.NamedTemporaryFile("w", suffix=".gitattributes") as attributes:
+        attributes.write("* text=auto\n")
+        attributes.flush()
+        own = ["-c", f"core.attributesFile={attributes.name}", "-c", "core.safecrlf=false"]
+        pick = ["cherry-pick", "--no-commit", "-X", "renormalize", commit]
+        return run_git(checkout, *own, *pick)
 
 
 def _commit(checkout: Path, message: str) -> None:

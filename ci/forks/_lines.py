@@ -30,7 +30,9 @@ def message_faults(message: str) -> list[str]:
 
 def diff_faults(tree: Path, before: str, after: str) -> list[str]:
     """Trailing space, stray blank lines, and files in which nothing but space changes."""
-    checked = run_git(tree, "diff", "--check", before, after).stdout.decode().splitlines()
+    # Some releases have CRLF line ends.
+    check = ["-c", "core.whitespace=cr-at-eol", "diff", "--check", before, after]
+    checked = run_git(tree, *check).stdout.decode().splitlines()
     faults = [line for line in checked if not line.startswith("+")]  # That is the line itself.
     for path in git(tree, "diff", "--name-only", before, after).splitlines():
         spaceless = ["diff", "-w", "--ignore-blank-lines", before, after, "--", path]

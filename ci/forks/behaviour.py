@@ -149,6 +149,8 @@ def sentence_transformers() -> dict[str, bool]:
         whole = model.encode(text, convert_to_tensor=True)
 
         def chunked(model: SentenceTransformer, method: str = "encode", **options: Any) -> bool:
+            # The first time, a model is asked whether it goes on exactly.
+            getattr(model, method)("a", **options)
             widths = embedders.record_widths(model)
             found = getattr(model, method)(text, convert_to_tensor=True, **options)
             return max(widths) <= 8 and bool((found - whole).abs().max() <= right)
@@ -173,7 +175,67 @@ def sentence_transformers() -> dict[str, bool]:
             ),
             "pooling on a stream of chunks": holds(streamed),
             "a default stored with the model": holds(stored),
+        } | {
+            title: holds(functools.partial(check, str(Path(folder, "mamba2")), text))
+            for title, check in _ENCODERS.items()
         }
+
+
+def _sparse(checkpoint: str, text: str) -> bool:
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
+
+    modules = [Transformer(checkpoint), Pooling(32), SparseAutoEncoder(32)]
+    model = SparseEncoder(modules=modules, device="cpu")
+    return _same(
+        model.encode(text, vertical_chunk_size=8).to_dense(), model.encode(text).to_dense()
+    )
+
+
+def _multi_vector(checkpoint: str, text: str) -> bool:
+    from sentence_transformers import MultiVectorEncoder
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+
+    modules = [Transformer(checkpoint), MultiVectorMask()]
+    model: Any = MultiVectorEncoder(modules=modules, device="cpu")
+    return _same(*(model.encode(text, **size) for size in ({"vertical_chunk_size": 8}, {})))
+
+
+def _cross(checkpoint: str, text: str) -> bool:
+    """A language model that scores, which `predict` would read whole without a word."""
+    import torch
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.cross_encoder.modules import LogitScore
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(checkpoint)
+    transformer = Transformer(checkpoint, transformer_task="text-generation")
+    model = CrossEncoder(modules=[transformer, LogitScore(5, 7)], device="cpu")
+    activation, widths = torch.nn.Identity(), []
+    whole = model.predict([(text, text)], activation_fn=activation)
+    embeddings = transformer.model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    found = model.predict([(text, text)], activation_fn=activation, vertical_chunk_size=8)
+    return max(widths) < 2 * len(text) and _same(found, whole)
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    import torch
+
+    right: float = importlib.import_module("support.tolerances").CHUNKED[torch.float32]
+    found, wanted = torch.as_tensor(found), torch.as_tensor(wanted)
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= right)
+
+
+_ENCODERS = {
+    "SparseEncoder.encode(vertical_chunk_size=)": _sparse,
+    "MultiVectorEncoder.encode(vertical_chunk_size=)": _multi_vector,
+    "CrossEncoder.predict(vertical_chunk_size=)": _cross,
+}
 
 
 def main(library: str) -> None:

@@ -111,7 +111,6 @@ def behaves(library: str, title: str) -> Item:
 
 SSD = "mamba_ssm/ops/triton/ssd_combined.py"
 FUSED = "mamba_split_conv1d_scan_combined"
-CHUNK_SIZE = "vertical_chunk_size"
 SCAN = "mamba_ssm/ops/selective_scan_interface.py"
 
 ITEMS = [
@@ -149,18 +148,9 @@ ITEMS = [
             "encode(vertical_chunk_size=)",
             "pooling on a stream of chunks",
             "a default stored with the model",
-        )
-    ),
-    *(
-        Item(
-            "sentence-transformers",
-            f"{name}.{method}(vertical_chunk_size=)",
-            takes(f"sentence_transformers/{folder}/model.py", f"{name}.{method}", CHUNK_SIZE),
-        )
-        for folder, name, method in (
-            ("sparse_encoder", "SparseEncoder", "encode"),
-            ("multi_vector_encoder", "MultiVectorEncoder", "encode"),
-            ("cross_encoder", "CrossEncoder", "predict"),
+            "SparseEncoder.encode(vertical_chunk_size=)",
+            "MultiVectorEncoder.encode(vertical_chunk_size=)",
+            "CrossEncoder.predict(vertical_chunk_size=)",
         )
     ),
 ]

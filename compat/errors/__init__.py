@@ -1,44 +1,42 @@
-"""The project's exceptions; where sentence-transformers has them itself, they are its classes."""
+"""The project's exceptions: the message of each says what was found and needed, and the remedy."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-NATIVE = "sentence_transformers.base.vertical_chunks"
+class VerticalChunkingError(RuntimeError):
+    """Something cannot be done in vertical chunks.
 
-
-def _home() -> str:
-    """Return the name of the module that defines the exceptions.
-
-    Importing sentence-transformers takes seconds, so its files are looked at instead.
+    Args:
+        found: What is there.
+        needed: What would have to be there.
+        remedy: What the reader can do about it.
     """
-    package, *folders = NATIVE.split(".")
-    spec = find_spec(package)
-    places = (spec.submodule_search_locations if spec else None) or ()
-    native = any(Path(place, *folders, "_errors.py").is_file() for place in places)
-    return f"{NATIVE}._errors" if native else "compat.errors.own"
+
+    def __init__(self, found: str, needed: str, remedy: str) -> None:
+        # All three go to `args`, so that the exception survives pickling between processes.
+        super().__init__(found, needed, remedy)
+        self.found = found
+        self.needed = needed
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"Found: {self.found}. Needed: {self.needed}. Remedy: {self.remedy}."
 
 
-if TYPE_CHECKING:
-    from compat.errors.own import (
-        UnsupportedModelError,
-        UnsupportedPipelineError,
-        UnsupportedVersionError,
-        VerticalChunkingError,
-    )
-else:
-    _module = import_module(_home())
-    UnsupportedModelError = _module.UnsupportedModelError
-    UnsupportedPipelineError = _module.UnsupportedPipelineError
-    UnsupportedVersionError = _module.UnsupportedVersionError
-    VerticalChunkingError = _module.VerticalChunkingError
+class UnsupportedVersionError(VerticalChunkingError):
+    """Raised where an installed library is not what the hooks expect; nothing was patched."""
+
+
+class UnsupportedModelError(VerticalChunkingError):
+    """Raised where a model carries no recurrent state from chunk to chunk, or not exactly."""
+
+
+class UnsupportedPipelineError(VerticalChunkingError):
+    """Raised where a module, backend or setting of a model cannot work on a stream of chunks."""
 
 
 class UnsupportedTokenizerError(VerticalChunkingError):
-    """A tokenizer has a part that may look at a text's far ends: it must have the text whole."""
+    """Raised where a part of a tokenizer may look at a text's far ends, which it must have whole."""
 
 
 __all__ = [

@@ -27,7 +27,7 @@ from compat.errors import UnsupportedPipelineError, UnsupportedVersionError
 from compat.families.lookup import backbone_of
 from compat.hooks import progress, training
 from compat.hooks.cut_texts import Cuts, asked_for, counting, reader_of, told_once
-from compat.hooks.own_chunks import KEYWORD, for_preprocess, reads_by_itself
+from compat.hooks.own_chunks import KEYWORD, for_preprocess, is_native, reads_by_itself
 from compat.hooks.refusals import TOKENS, check_features, check_inputs, check_modules, check_tokens
 from compat.hooks.size import Share, Size, encoding
 from compat.hooks.stored_default import (
@@ -130,13 +130,6 @@ def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
 def installed() -> bool:
     """Return whether sentence-transformers can be imported."""
     return importlib.util.find_spec("sentence_transformers") is not None
-
-
-def is_native() -> bool:
-    """Return whether the installed release has `vertical_chunk_size` without any hook."""
-    from sentence_transformers import SentenceTransformer
-
-    return KEYWORD in inspect.signature(SentenceTransformer.encode).parameters
 
 
 def plan(held: Hold) -> list[Patch]:

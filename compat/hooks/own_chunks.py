@@ -23,6 +23,13 @@ _logger = logging.getLogger(__name__)
 _told: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
+def is_native() -> bool:
+    """Return whether the installed library's own Transformer takes the size."""
+    from sentence_transformers.base.modules import Transformer
+
+    return KEYWORD in inspect.signature(Transformer.forward).parameters
+
+
 def reads_by_itself(model: SentenceTransformer, task: str | None) -> bool:
     """Return whether a module that a text of `task` goes through takes the size from the library.
 

@@ -14,7 +14,7 @@ from compat.errors import UnsupportedModelError, UnsupportedPipelineError
 from compat.families.lookup import backbone_of
 from compat.families.positions import need_length
 from compat.hooks.cut_texts import reader_of
-from compat.hooks.own_chunks import KEYWORD, reads_by_itself
+from compat.hooks.own_chunks import KEYWORD, is_native, reads_by_itself
 from compat.hooks.refusals import TOKENS, check_features, check_modules, route
 from compat.hooks.streamed_texts import streaming
 from compat.installed.recurrent_cache import require_support
@@ -56,7 +56,7 @@ class Pipeline:
         if not isinstance(model, SentenceTransformer):
             raise TypeError(f"model must be a SentenceTransformer; found {type(model).__name__}.")
         require_support()
-        if reads_by_itself(model, task):
+        if reads_by_itself(model, task) and not is_native():
             raise UnsupportedPipelineError(
                 f"a model with a module that takes {KEYWORD} itself",
                 "a Transformer and a Pooling whose chunks compat reads",

@@ -15,7 +15,7 @@ from packaging.version import Version
 from compat import ops
 from compat.errors import UnsupportedVersionError
 from compat.families import exact, mamba1, mamba2, mamba2_kernels, rwkv4
-from compat.hooks import encoder
+from compat.hooks import encoder, own_chunks
 from compat.installed import hub_kernels, recurrent_cache
 
 State = Literal["native", "patched", "absent"]
@@ -137,7 +137,7 @@ def sentence_transformers_status(patched: bool) -> LibraryStatus:
     if patched:
         reason = "encode takes vertical_chunk_size; Transformer and Pooling work on chunks"
         return library_status(name, "patched", reason)
-    if encoder.is_native():
+    if own_chunks.is_native():
         return library_status(name, "native", "this release has vertical_chunk_size itself")
     reason = "hooks not installed: call compat.enable_vertical_chunking()"
     try:

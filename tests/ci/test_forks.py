@@ -910,15 +910,15 @@ def test_going_on_with_several_tokens_is_probed(tmp_path, test, found):
 @pytest.mark.parametrize("found", [True, False])
 def test_every_overload_is_probed(tmp_path, found):
     write(
-        tmp_path / "sentence_transformers/cross_encoder/model.py",
+        tmp_path / "model.py",
         f"""
-        class CrossEncoder:
+        class Encoder:
             @overload
-            def predict(self, inputs, {"vertical_chunk_size=..." if found else ""}): ...
-            def predict(self, inputs, *, vertical_chunk_size=None): ...
+            def encode(self, inputs, {"size=..." if found else ""}): ...
+            def encode(self, inputs, *, size=None): ...
         """,
     )
-    assert probe("CrossEncoder.predict(vertical_chunk_size=)")(tmp_path) == found
+    assert roadmap.takes("model.py", "Encoder.encode", "size")(tmp_path) == found
 
 
 @pytest.mark.parametrize("found", [True, False])
@@ -932,13 +932,19 @@ def titles(library):
     return {item.title for item in roadmap.ITEMS if item.library == library}
 
 
+# compat's hooks serve SentenceTransformer alone.
+OTHER_ENCODERS = ["SparseEncoder.encode", "MultiVectorEncoder.encode", "CrossEncoder.predict"]
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_sentence_transformers_is_probed_by_running_it(on):
     if on:
         compat.enable_vertical_chunking()
     found = behaviour.sentence_transformers()
-    assert set(found) <= titles("sentence-transformers")
+    assert set(found) == titles("sentence-transformers")
+    others = {found.pop(f"{name}(vertical_chunk_size=)") for name in OTHER_ENCODERS}
     assert set(found.values()) == {on}
+    assert others == {False}
 
 
 @pytest.mark.parametrize("right", [True, False])

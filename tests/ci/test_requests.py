@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from ci import forks
-from ci.forks import __main__, _tree, roadmap
+from ci.forks import __main__, _alone, _lines, _tree, roadmap
 from tests.ci.test_forks import commit, make_sdist, patches, pin
 
 TEST = """
@@ -396,6 +396,25 @@ def test_a_conflict_is_named_by_file_and_hunk(root, clone, capsys):
     )
     assert "It was not said." in said
     assert "<<<<<<<" in core(clone)
+
+
+def test_a_release_may_have_other_line_ends(tmp_path):
+    """Merge a patch of a release with CRLF into a main with LF, and strike no line for its end."""
+    release, main = tmp_path / "release", tmp_path / "main"
+    lines = [f"{n}\n" for n in range(30)]
+    changed = [*lines[:20], "new\n", *lines[21:]]
+    for folder, end in ((release, b"\r\n"), (main, b"\n")):
+        folder.mkdir()
+        subprocess.run(["git", "init", "-q", "-b", "main"], cwd=folder, check=True)
+        texts = [lines, changed] if folder is release else [["# Of main.\n", *lines]]
+        for text in texts:
+            commit(folder, {"a.py": "".join(text).encode().replace(b"\n", end)}, "A message")
+    assert not _lines.diff_faults(release, "main~", "main")
+    _tree.git(main, "fetch", "-q", str(release), "main")
+    assert not _alone._merge(main, _tree.git(release, "rev-parse", "main").strip()).returncode
+    wanted = "".join(["# Of main.\n", *changed]).encode()
+    assert (main / "a.py").read_bytes() == wanted
+    assert _tree.git(main, "show", ":a.py").encode() == wanted
 
 
 def test_the_command_line_wants_a_clone(root, tmp_path):

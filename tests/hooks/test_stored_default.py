@@ -9,13 +9,11 @@ import pytest
 import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from support.embedders import embedder, record_widths, text
-from support.stack import FORKS
 from support.tolerances import CHUNKED
 
 import compat
 
 TEXTS = [text(20), text(5)]
-released_only = pytest.mark.skipif(FORKS, reason="the forks have no hooks that could be off")
 
 
 def saved_config(folder):
@@ -83,7 +81,6 @@ def test_a_model_without_a_default_is_saved_as_by_the_released_library(model, tm
     assert load(folder).vertical_chunk_size is None
 
 
-@released_only
 def test_the_released_library_loads_a_model_with_a_default_and_gives_the_same(model, tmp_path):
     full = model.encode(TEXTS)
     with compat.vertical_chunking():
@@ -104,7 +101,6 @@ def test_a_default_set_before_the_hooks_is_honoured_with_them(model):
     assert widths == [8, 8, 4]
 
 
-@released_only
 def test_without_hooks_the_default_is_a_plain_attribute_that_does_nothing(model):
     with compat.vertical_chunking():
         model.vertical_chunk_size = 8
@@ -124,7 +120,6 @@ def test_one_models_default_is_not_anothers(model, mamba2_checkpoint):
     assert embedder(mamba2_checkpoint).vertical_chunk_size is None
 
 
-@released_only
 def test_a_broken_default_set_without_hooks_is_refused_when_it_is_used(model):
     model.vertical_chunk_size = "8"
     compat.enable_vertical_chunking()
@@ -132,7 +127,6 @@ def test_a_broken_default_set_without_hooks_is_refused_when_it_is_used(model):
         model.encode(TEXTS)
 
 
-@released_only
 def test_a_default_that_the_hooks_cannot_serve_is_said_to_be_ignored(model, tmp_path):
     """Save another encoder as a sentence-transformers with `vertical_chunk_size` does."""
     encoder = MultiVectorEncoder(modules=[model[0]], device="cpu")
@@ -150,7 +144,6 @@ def test_a_default_that_the_hooks_cannot_serve_is_said_to_be_ignored(model, tmp_
 METHODS = ["encode", "encode_query", "encode_document"]
 
 
-@released_only
 @pytest.mark.parametrize("call", ["__call__", "forward"])
 def test_a_call_of_the_model_that_does_not_follow_the_default_is_told_once(model, call):
     compat.enable_vertical_chunking()
@@ -168,7 +161,6 @@ def test_a_call_of_the_model_that_does_not_follow_the_default_is_told_once(model
         other(input={**features})
 
 
-@released_only
 def test_a_call_of_the_model_is_not_told_where_there_is_nothing_to_tell(model):
     compat.enable_vertical_chunking()
     features = model.preprocess(TEXTS)
@@ -187,7 +179,6 @@ def test_a_call_of_the_model_is_not_told_where_there_is_nothing_to_tell(model):
         model({**features})
 
 
-@released_only
 def test_a_worker_is_not_told_of_a_default_that_its_caller_has_given_up(model, capfd):
     """Expect no warning although the worker's copy of the model still has the default."""
     model.vertical_chunk_size = 8
@@ -202,7 +193,6 @@ def test_a_worker_is_not_told_of_a_default_that_its_caller_has_given_up(model, c
     assert "at once" not in capfd.readouterr().err
 
 
-@released_only
 @pytest.mark.parametrize("call", ["__call__", "forward"])
 def test_a_call_of_the_model_takes_the_size(model, call):
     full = model.encode(TEXTS)
@@ -217,7 +207,6 @@ def test_a_call_of_the_model_takes_the_size(model, call):
     np.testing.assert_allclose(found, full, rtol=0, atol=CHUNKED[torch.float32])
 
 
-@released_only
 def test_a_call_of_the_model_with_a_size_that_cannot_be_served_is_refused(model):
     compat.enable_vertical_chunking()
     features = model.preprocess(TEXTS)
@@ -232,7 +221,6 @@ def test_a_call_of_the_model_with_a_size_that_cannot_be_served_is_refused(model)
         model({**features}, vertical_chunk_size=8)
 
 
-@released_only
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_a_compiled_call_of_the_model_is_what_it_was(model):
     """Use the eager backend, which traces everything and compiles nothing."""

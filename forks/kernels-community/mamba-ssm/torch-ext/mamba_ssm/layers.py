@@ -16,11 +16,13 @@ from . import mamba_inner_fn as _inner
 from . import mamba_split_conv1d_scan_combined as _split
 from . import selective_scan_fn as _scan
 from . import selective_state_update as _update
-from ._causal_conv1d._serve import further
+from ._causal_conv1d._serve import OPTIONS, further
 from ._causal_conv1d.layers import causal_conv1d_fn, causal_conv1d_update
 
+OPTIONS.add("state_dtype")  # Of the functions of Mamba-2, from the next release of mamba-ssm on.
 
-def _further(layer: str, on: Tensor, given: dict[str, Any], *names: str) -> dict[str, Any]:
+
+def _further(layer: str, on: Tensor, given: dict[str, Any]) -> dict[str, Any]:
     """As `further`, for a function of Mamba-2; `state_dtype` is looked at here on a CPU.
 
     It is the dtype in which the states are kept between inner chunks. The functions have it as soon
@@ -29,7 +31,7 @@ def _further(layer: str, on: Tensor, given: dict[str, Any], *names: str) -> dict
     Raises:
         NotImplementedError: It is another than that of the states on a CPU.
     """
-    others = further(layer, given, *names, "state_dtype")
+    others = further(layer, given)
     if on.device.type != "cpu" or "state_dtype" not in others:
         return others
     wanted, kept = others.pop("state_dtype"), torch.promote_types(on.dtype, torch.float32)
@@ -68,7 +70,6 @@ class mamba_split_conv1d_scan_combined(nn.Module):
 
         Further: `seq_idx`, `initial_conv_states`, `return_final_conv_states`, `state_dtype`.
         """
-        names = ("seq_idx", "initial_conv_states", "return_final_conv_states")
         return _split(
             zxbcdt,
             conv1d_weight,
@@ -88,7 +89,7 @@ class mamba_split_conv1d_scan_combined(nn.Module):
             headdim=headdim,
             ngroups=ngroups,
             norm_before_gate=norm_before_gate,
-            **_further("mamba_split_conv1d_scan_combined", zxbcdt, kwargs, *names),
+            **_further("mamba_split_conv1d_scan_combined", zxbcdt, kwargs),
         )
 
 
@@ -113,7 +114,6 @@ class mamba_chunk_scan_combined(nn.Module):
 
         Further: `z`, `seq_idx`, `state_dtype`, and on a GPU `cu_seqlens`, `return_varlen_states`.
         """
-        names = ("z", "seq_idx", "cu_seqlens", "return_varlen_states")
         return _chunk_scan(
             hidden_states,
             dt,
@@ -127,7 +127,7 @@ class mamba_chunk_scan_combined(nn.Module):
             dt_softplus=dt_softplus,
             dt_limit=dt_limit,
             return_final_states=return_final_states,
-            **_further("mamba_chunk_scan_combined", hidden_states, kwargs, *names),
+            **_further("mamba_chunk_scan_combined", hidden_states, kwargs),
         )
 
 
@@ -151,7 +151,7 @@ class selective_state_update(nn.Module):
         Further: on a GPU `state_batch_indices`. A token goes on from its row's state, so that there
         is no `seq_idx`.
         """
-        others = further("selective_state_update", kwargs, "state_batch_indices")
+        others = further("selective_state_update", kwargs)
         return _update(
             state,
             hidden_states,
@@ -200,7 +200,7 @@ class selective_scan_fn(nn.Module):
             delta_bias=delta_bias,
             delta_softplus=delta_softplus,
             return_last_state=return_last_state,
-            **further("selective_scan_fn", kwargs, "initial_states"),
+            **further("selective_scan_fn", kwargs),
         )
 
 
@@ -227,7 +227,6 @@ class mamba_inner_fn(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """`mamba_inner_fn` of this kernel, which has no states."""
-        further("mamba_inner_fn", kwargs)
         return _inner(
             xz,
             conv1d_weight,
@@ -246,6 +245,7 @@ class mamba_inner_fn(nn.Module):
             c_rms_weight=c_rms_weight,
             dt_rms_weight=dt_rms_weight,
             b_c_dt_rms_eps=b_c_dt_rms_eps,
+            **further("mamba_inner_fn", kwargs),
         )
 
 
