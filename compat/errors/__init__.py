@@ -36,7 +36,7 @@ class UnsupportedPipelineError(VerticalChunkingError):
 
 
 class UnsupportedTokenizerError(VerticalChunkingError):
-    """Raised where a part of a tokenizer may look at a text's far ends, which it must have whole."""
+    """Raised where a part of a tokenizer may look at a text's far ends: it needs the whole text."""
 
 
 __all__ = [
