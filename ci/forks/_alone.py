@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
+from ci.forks._frames import put_tests
 from ci.forks._pages import Request, bare, needed, page, pages
 from ci.forks._release import ROOT, Fork, ForkError
 from ci.forks._tree import commits, git, listed, run_git
@@ -17,7 +19,11 @@ def commits_by_name(fork: Fork, tree: Path) -> dict[str, str]:
 
 
 def stacked(
-    tree: Path, made: dict[str, str], requests: list[Request], request: Request
+    tree: Path,
+    made: dict[str, str],
+    requests: list[Request],
+    request: Request,
+    frames: Sequence[str] = (),
 ) -> tuple[str, str]:
     """Put a request on the release, with what it needs and nothing else.
 
@@ -26,6 +32,7 @@ def stacked(
         made: The commit of each patch, of `commits_by_name`.
         requests: All of the library.
         request: One of them.
+        frames: Of the fork; where tests of several requests are side by side, they are put in.
 
     Returns:
         The commits before it, which has what it needs, and after it.
@@ -41,7 +48,12 @@ def stacked(
             git(tree, "checkout", "-q", "overlay", "--", *one.overlays)
             git(tree, "commit", "-q", "-m", f"overlays of {one.name}")
         for name in one.patches:
-            if run_git(tree, "cherry-pick", "--allow-empty", made[name]).returncode:
+            picked = run_git(tree, "cherry-pick", "--allow-empty", made[name])
+            if picked.returncode and frames:
+                put_tests(tree, tree, made[name], frames)
+                if not conflicts(tree):
+                    picked = run_git(tree, "-c", "core.editor=true", "cherry-pick", "--continue")
+            if picked.returncode:
                 said = "; ".join(conflicts(tree)) or "git cherry-pick fails"
                 run_git(tree, "cherry-pick", "--abort")
                 raise ForkError(
@@ -74,7 +86,8 @@ def request(
 
     The branch has the request's name, and begins at what is checked out. Its commits have the
     patches' messages, and the author that git is configured for there. Merges are three-way; where
-    one conflicts, the files stay as git leaves them, to be mended.
+    one conflicts, the files stay as git leaves them, to be mended. Tests of files that the sdist
+    leaves out are put into the classes there that they are for.
 
     Args:
         library: Name of the fork.
@@ -108,8 +121,8 @@ def request(
     for patch in one.patches:
         merged = run_git(checkout, "cherry-pick", "--no-commit", made[patch])
         message = git(tree, "log", "-1", "--format=%B", made[patch])
-        if merged.returncode:
-            found = conflicts(checkout) or [merged.stderr.decode().strip()]
+        lines += put_tests(checkout, tree, made[patch], fork.frames)
+        if merged.returncode and (found := _unmerged(checkout, merged.stderr, fork)):
             rest = one.patches[one.patches.index(patch) + 1 :]
             return False, [
                 f"{patch} conflicts on branch {one.name}:",
@@ -124,6 +137,12 @@ def request(
     if needs:
         lines.append(f"Needs what is checked out to have: {'; '.join(needs)}.\n")
     return True, [*lines, one.sections["Body"], "", one.sections["Before it is sent"]]
+
+
+def _unmerged(checkout: Path, said: bytes, fork: Fork) -> list[str]:
+    """Say what conflicts, or what git says; nothing if it was only tests, which are put in now."""
+    only_tests = fork.frames and not git(checkout, "diff", "--name-only", "--diff-filter=U")
+    return conflicts(checkout) or ([] if only_tests else [said.decode().strip()])
 
 
 def _commit(checkout: Path, message: str) -> None:
