@@ -73,7 +73,7 @@ def _with(text: str, owner: str, name: str, test: str) -> str:
 
 
 def _start(node: ast.FunctionDef) -> int:
-    return min([node, *node.decorator_list], key=lambda one: one.lineno).lineno - 1
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
 
 
 def _classes(text: str) -> dict[str, ast.ClassDef]:
