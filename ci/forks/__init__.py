@@ -11,6 +11,9 @@
                                            a request as a branch in a clone of upstream
     python -m ci.forks propagate [KERNEL…] [--check]   patched forks -> hub kernels
 
+`forks/LIBRARY/frames`, if it is there, has a frame of each file of tests that upstream has and the
+sdist leaves out: its class, into which patches put tests. `request` puts them into the file itself.
+
 `forks/LIBRARY/fork.toml` pins the release, and names overlays: files of this repository that the
 fork takes as its own. `forks/LIBRARY/stock` has the release's files, as they are.
 `forks/LIBRARY/tree` is a git repository: the release as tag `base`, the overlays as tag `overlay`,

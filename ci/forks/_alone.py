@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from ci.forks._frames import put_tests
 from ci.forks._pages import Request, bare, needed, page, pages
 from ci.forks._release import ROOT, Fork, ForkError
 from ci.forks._tree import commits, git, listed, run_git
@@ -18,7 +20,11 @@ def commits_by_name(fork: Fork, tree: Path) -> dict[str, str]:
 
 
 def stacked(
-    tree: Path, made: dict[str, str], requests: list[Request], request: Request
+    tree: Path,
+    made: dict[str, str],
+    requests: list[Request],
+    request: Request,
+    frames: Sequence[str] = (),
 ) -> tuple[str, str]:
     """Put a request on the release, with what it needs and nothing else.
 
@@ -27,6 +33,7 @@ def stacked(
         made: The commit of each patch, of `commits_by_name`.
         requests: All of the library.
         request: One of them.
+        frames: Of the fork; where tests of several requests are side by side, they are put in.
 
     Returns:
         The commits before it, which has what it needs, and after it.
@@ -42,7 +49,12 @@ def stacked(
             git(tree, "checkout", "-q", "overlay", "--", *one.overlays)
             git(tree, "commit", "-q", "-m", f"overlays of {one.name}")
         for name in one.patches:
-            if run_git(tree, "cherry-pick", "--allow-empty", made[name]).returncode:
+            picked = run_git(tree, "cherry-pick", "--allow-empty", made[name])
+            if picked.returncode and frames:
+                put_tests(tree, tree, made[name], frames)
+                if not conflicts(tree):
+                    picked = run_git(tree, "-c", "core.editor=true", "cherry-pick", "--continue")
+            if picked.returncode:
                 said = "; ".join(conflicts(tree)) or "git cherry-pick fails"
                 run_git(tree, "cherry-pick", "--abort")
                 raise ForkError(
@@ -75,7 +87,8 @@ def request(
 
     The branch has the request's name, and begins at what is checked out. Its commits have the
     patches' messages, and the author that git is configured for there. Merges are three-way; where
-    one conflicts, the files stay as git leaves them, to be mended.
+    one conflicts, the files stay as git leaves them, to be mended. Tests of files that the sdist
+    leaves out are put into the classes there that they are for.
 
     Args:
         library: Name of the fork.
@@ -109,8 +122,8 @@ def request(
     for patch in one.patches:
         merged = _merge(checkout, made[patch])
         message = git(tree, "log", "-1", "--format=%B", made[patch])
-        if merged.returncode:
-            found = conflicts(checkout) or [merged.stderr.decode().strip()]
+        lines += put_tests(checkout, tree, made[patch], fork.frames)
+        if merged.returncode and (found := _unmerged(checkout, merged.stderr, fork)):
             rest = one.patches[one.patches.index(patch) + 1 :]
             return False, [
                 f"{patch} conflicts on branch {one.name}:",
@@ -135,6 +148,12 @@ def _merge(checkout: Path, commit: str) -> subprocess.CompletedProcess[bytes]:
         own = ["-c", f"core.attributesFile={attributes.name}", "-c", "core.safecrlf=false"]
         pick = ["cherry-pick", "--no-commit", "-X", "renormalize", commit]
         return run_git(checkout, *own, *pick)
+
+
+def _unmerged(checkout: Path, said: bytes, fork: Fork) -> list[str]:
+    """Say what conflicts, or what git says; nothing if it was only tests, which are put in now."""
+    only_tests = fork.frames and not git(checkout, "diff", "--name-only", "--diff-filter=U")
+    return conflicts(checkout) or ([] if only_tests else [said.decode().strip()])
 
 
 def _commit(checkout: Path, message: str) -> None:

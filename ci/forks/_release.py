@@ -107,6 +107,13 @@ class Fork:
         return self.folder / "pull_requests"
 
     @property
+    def frames(self) -> list[str]:
+        """Files of tests that upstream has and the sdist leaves out, each a frame for new tests."""
+        folder = self.folder / "frames"
+        files = (path for path in folder.rglob("*.py") if path.is_file())
+        return sorted(path.relative_to(folder).as_posix() for path in files)
+
+    @property
     def sdist(self) -> Path:
         """The release."""
         return self.folder / f"{self.name.replace('-', '_')}-{self.version}.tar.gz"

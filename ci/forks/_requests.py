@@ -38,7 +38,7 @@ def check_requests(fork: Fork, tree: Path, *, quick: bool = False, only: str = "
             found += diff_faults(tree, f"{commit}~", commit)
         if not found:
             try:
-                before, after = stacked(tree, made, requests, request)
+                before, after = stacked(tree, made, requests, request, fork.frames)
                 if not quick and request.state != "draft":
                     found += held(fork, tree, request, before, after)
             except ForkError as error:

@@ -54,8 +54,12 @@ def build(fork: Fork, patches: dict[str, bytes], tree: Path) -> None:
 
 
 def begin(fork: Fork, sdist: Path, tree: Path) -> None:
-    """Make the git repository, with the files of the release as tag `base`."""
+    """Make the git repository, with the files of the release, and the frames, as tag `base`."""
     unpack(sdist, tree)
+    for path in fork.frames:
+        if not (tree / path).exists():  # Else upstream has begun to release its own.
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            (tree / path).write_bytes((fork.folder / "frames" / path).read_bytes())
     git(tree, "init", "-q", "-b", "main", "--template=")
     # Patches that are written as commits there have one author, whoever's machine it is.
     git(tree, "config", "user.name", ENVIRONMENT["GIT_AUTHOR_NAME"])

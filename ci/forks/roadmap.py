@@ -98,12 +98,6 @@ def _continues(tree: Path) -> bool:
     return any(re.search(r"\bseqlen\b|\.shape\b", ast.unparse(test)) for test in around)
 
 
-def _fused_in_torch(tree: Path) -> bool:
-    """transformers has the fused op itself, for where mamba-ssm is not installed."""
-    files = (tree / "src" / "transformers" / "integrations").glob("*.py")
-    return any(f"def {FUSED}(" in file.read_text() for file in files)
-
-
 def behaves(library: str, title: str) -> Item:
     """An item that is probed by running the sources."""
     return Item(library, title, lambda tree: behaviour.of(library, tree)[title])
@@ -125,10 +119,10 @@ ITEMS = [
         "selective_scan_fn(initial_states=)",
         takes(SCAN, "selective_scan_fn", "initial_states"),
     ),
-    Item("transformers", "fused op in plain torch", _fused_in_torch),
     *(
         behaves("transformers", title)
         for title in (
+            "fused op in plain torch",
             "fused op in inference, with a cache",
             "left padding inside the fused op",
             "padding in chunks of one token",

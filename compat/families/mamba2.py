@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compat.families import mamba2_kernels, mamba2_probe
 from compat.families.base import Family
@@ -44,13 +44,10 @@ MIXERS = {
     "nemotron_h": "NemotronHMamba2Mixer",
     "zamba2": "Zamba2MambaMixer",
 }
-_SCAN = "mamba2_chunk_scan"
+_SCAN, _FUSED = "mamba2_chunk_scan", "mamba2_split_conv1d_scan_combined"
 # Arguments that a mixer is given and does not use, and those that the scan of `compat.ops` takes.
 _UNUSED = {"position_embeddings"}
 _OF_SCAN = set(inspect.signature(mamba_chunk_scan_combined).parameters) - {"x"} | {"hidden_states"}
-
-# The configuration setting of a transformers that has the fused path in inference itself.
-SETTING = "use_fused_scan"
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NORM_BYTES = 65536  # A group of channels must fit into one block of the norm's kernel.
@@ -81,8 +78,13 @@ def _has_kernels(tensor: Tensor) -> bool:
 
 
 def is_native(model_type: str) -> bool:
-    """Return whether the installed transformers has the fused path itself, for one of `MIXERS`."""
-    return model_type in CONFIG_MAPPING and hasattr(CONFIG_MAPPING[model_type], SETTING)
+    """Return whether the installed transformers runs the fused path itself, for one of `MIXERS`.
+
+    A transformers that can do so asks its kernel whether that takes the states, as is done here.
+    """
+    module = modeling(model_type)
+    asks, op = getattr(module, "kernel_func_takes", None), getattr(module, _FUSED, None)
+    return bool(asks and op and asks(op, "initial_conv_states", "return_final_conv_states"))
 
 
 def plan(model_type: str) -> list[Patch]:

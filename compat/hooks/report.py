@@ -153,7 +153,7 @@ def _native() -> str | None:
     if not has:
         return None
     installed = f"transformers {version('transformers')}"
-    return f"native: {mamba2.SETTING} in the config of {', '.join(has)}, in {installed}"
+    return f"native: {installed} runs the fused op of its kernels itself, for {', '.join(has)}"
 
 
 def _served(reason: str, names: list[str]) -> str:

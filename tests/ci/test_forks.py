@@ -921,13 +921,6 @@ def test_every_overload_is_probed(tmp_path, found):
     assert roadmap.takes("model.py", "Encoder.encode", "size")(tmp_path) == found
 
 
-@pytest.mark.parametrize("found", [True, False])
-def test_the_fused_op_in_torch_is_probed(tmp_path, found):
-    name = roadmap.FUSED if found else "another"
-    write(tmp_path / "src/transformers/integrations/ssd.py", f"def {name}(zxbcdt): ...")
-    assert probe("fused op in plain torch")(tmp_path) == found
-
-
 def titles(library):
     return {item.title for item in roadmap.ITEMS if item.library == library}
 

@@ -8,7 +8,8 @@ from compat.families import mamba1, mamba2, rwkv4, xlstm
 from compat.hooks import switch
 
 HELD = mamba1.PATCHED | {"rwkv": rwkv4.PATCHED, "xlstm": xlstm.PATCHED}
-HELD |= {f"fused path of {name}": held for name, held in mamba2.PATCHED.items()}
+# The fork has the fused path with kernels alone; without them compat's is the faster one.
+FASTER = {f"fused path of {name}": held for name, held in mamba2.PATCHED.items()}
 
 
 def states(report):
@@ -19,14 +20,15 @@ def test_the_forks_are_native():
     wanted = "native" if FORKS else "absent"
     # Many models of the released transformers continue from their cache.
     assert states(compat.status()) == {"transformers": "native", "sentence-transformers": wanted}
-    assert compat.status().fused.startswith("native: use_fused_scan") is FORKS
-    assert compat.status().cpu.startswith("native: use_fused_scan") is FORKS
+    # Native only where a kernel takes the states, which none does that is installed here.
+    assert not compat.status().fused.startswith("native")
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", HELD | FASTER)
 def test_models_are_mended_in_the_forks(name):
-    with HELD[name]:
-        assert HELD[name].patched is not FORKS
+    held = (HELD | FASTER)[name]
+    with held:
+        assert held.patched is (not FORKS or name in FASTER)
 
 
 def test_enable_leaves_the_forks_alone():
@@ -35,5 +37,6 @@ def test_enable_leaves_the_forks_alone():
         report = switch.enable_vertical_chunking()
         assert states(report) == dict.fromkeys(["transformers", "sentence-transformers"], wanted)
         assert {held.patched for held in HELD.values()} == {not FORKS}
+        assert {held.patched for held in FASTER.values()} == {True}
     finally:
         switch.disable_vertical_chunking()
