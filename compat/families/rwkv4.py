@@ -7,6 +7,7 @@ On a CPU, where no gradient is recorded, the released wkv is a loop over tokens;
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,8 @@ class Rwkv(Family):
         return torch.cat(hidden), [torch.cat(parts) for parts in zip(*states, strict=True)]
 
 
-_WKV = "rwkv_linear_attention"
+_WKV, _RESCALE = "rwkv_linear_attention", "_rescale_layers"
+_rescaling = threading.Lock()
 _ARGUMENTS = ("time_decay", "time_first", "key", "value", "state", "return_state")
 
 
@@ -92,11 +94,29 @@ def differs(wkv: Callable[..., Any]) -> str:
 def plan() -> list[Patch]:
     """List the patches of transformers.
 
-    There are none where its wkv takes other arguments, or where RWKV masks padding itself.
+    There are none where RWKV masks padding itself, and none of wkv where it takes other arguments.
     """
     module = modeling("rwkv")
-    wkv = _wkv_of(module)
-    return [] if wkv is None else [(module, _WKV, _on_ops(wkv))]
+    if module is None or _masks_padding(module):
+        return []
+    wkv, model = _wkv_of(module), module.RwkvModel
+    found: list[Patch] = [] if wkv is None else [(module, _WKV, _on_ops(wkv))]
+    rescale = getattr(model, _RESCALE, None)
+    return found if rescale is None else [*found, (model, _RESCALE, _one_at_a_time(rescale))]
+
+
+def _one_at_a_time(rescale: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Let one thread at a time divide a model's weights, which each first forward does once.
+
+    Two that find them as they were would both divide them, for good.
+    """
+
+    @wraps(rescale)
+    def locked(self: Any) -> None:
+        with _rescaling:
+            rescale(self)
+
+    return locked
 
 
 def on_cpu() -> str | None:

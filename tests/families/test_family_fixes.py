@@ -1,9 +1,12 @@
 """Fixes for single families, beyond the laws that the common suites hold all families to."""
 
 import contextlib
+import copy
 import functools
 import importlib
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -363,3 +366,17 @@ def test_encode_of_a_saved_model(tmp_path, model_type, end_of_text, pooling, pad
         for size in (1, 16, 64):
             found = model.encode(texts, vertical_chunk_size=size, convert_to_tensor=True)
             assert _distances(found, one_by_one).max() <= COSINE[torch.float32], size
+
+
+def test_rwkv_divides_its_weights_once_whoever_reads_first():
+    """Let two threads meet where the released model has seen that it must, and not done it."""
+    model, ids = tiny_model("rwkv"), tokens(1, 20)
+    wanted = compat.last_hidden_state(copy.deepcopy(model), input_ids=ids, vertical_chunk_size=7)
+    slow = property(lambda config: time.sleep(0.05) or 2)
+    model.config.__class__ = type("Slow", (type(model.config),), {"rescale_every": slow})
+    with ThreadPoolExecutor(2) as pool:
+        read = functools.partial(
+            compat.last_hidden_state, model, input_ids=ids, vertical_chunk_size=7
+        )
+        found = [future.result() for future in [pool.submit(read) for _ in range(2)]]
+    assert all(torch.equal(one, wanted) for one in found)
