@@ -36,6 +36,8 @@ HEADERS = {
     "cub/util_ptx.cuh": "cub_scan.h",
     "cub/util_type.cuh": "cub_scan.h",
     "cuda/std/type_traits": "cub_scan.h",
+    "torch/extension.h": "torch.h",
+    "torch/python.h": "torch.h",
 }
 
 FLAGS = [
