@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 import compat
 from compat import ops
-from compat.hooks import encoder
+from compat.hooks import encoder, modules
 from compat.installed import recurrent_cache
 from compat.installed.patches import Patches
 
@@ -244,7 +244,7 @@ def test_a_call_that_failed_leaves_the_next_one_whole(model, monkeypatch):
     compat.enable_vertical_chunking()
     full = model.encode([text(30)])
     with monkeypatch.context() as patch:
-        patch.setattr(encoder, "stream_sharing", lambda *_: 1 / 0)
+        patch.setattr(modules, "stream_sharing", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.encode([text(30)], vertical_chunk_size=8)
     assert same(model.encode([text(30)]), full)
