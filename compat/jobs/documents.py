@@ -339,20 +339,35 @@ def _read_parquet(path: Path, columns: Columns) -> Items:
                 yield problem
                 return
             for batch in file.iter_batches(batch_size=16, columns=wanted):
-                for row in range(len(batch)):
-                    number += 1
-                    where = f"{path}:{number}"
-                    try:
-                        record = {name: batch[name][row].as_py() for name in wanted}
-                    except UnicodeDecodeError as error:
-                        yield _not_utf8(where, error.object[error.start])
-                    else:
-                        yield _from_record(where, record, columns)
+                yield from read_rows(batch, columns, str(path), number)
+                number += len(batch)
     except MemoryError:  # Arrow's own is an ArrowException too.
         raise
     except pa.ArrowException as error:
         where = f"{path}:{number + 1}" if number else str(path)
         yield Problem(where, f"found broken Parquet ({_one_line(error)}), needed a whole file")
+
+
+def read_rows(
+    table: Any, columns: Columns, place: str, before: int = 0
+) -> Iterator[Document | Problem]:
+    """Read each row of an Arrow table or batch, which has the columns.
+
+    Args:
+        table: The rows.
+        columns: The names of what is wanted of them.
+        place: What the table is called where a row is named.
+        before: How many rows of it came before these.
+    """
+    wanted = columns.wanted()
+    for row in range(len(table)):
+        where = f"{place}:{before + row + 1}"
+        try:
+            record = {name: table[name][row].as_py() for name in wanted}
+        except UnicodeDecodeError as error:
+            yield _not_utf8(where, error.object[error.start])
+        else:
+            yield _from_record(where, record, columns)
 
 
 def _columns_problem(path: Path, wanted: Sequence[str], names: list[str]) -> Problem | None:

@@ -34,6 +34,7 @@ from compat.__main__ import app
 from compat.default_model import WEIGHTS_LABEL, load_default_model
 from compat.jobs import documents as _documents
 from compat.jobs import embed as _embed
+from compat.jobs import embedder as embedder_of_documents
 from compat.jobs import fingerprint, journal, loading
 
 ROOT = Path(compat.__file__).parents[1]
@@ -111,13 +112,13 @@ def interrupt(*args):
 def embedded(monkeypatch):
     """Return the ids of the documents that went through the model, in their order."""
     seen = []
-    original = _embed._embed_texts
+    original = embedder_of_documents._embed_texts
 
     def spy(embedder, batch, *args):
         seen.extend(doc.id for doc in batch)
         return original(embedder, batch, *args)
 
-    monkeypatch.setattr(_embed, "_embed_texts", spy)
+    monkeypatch.setattr(embedder_of_documents, "_embed_texts", spy)
     return seen
 
 

@@ -221,7 +221,7 @@ def test_the_command_has_no_more_threads_than_a_container_grants(
         found.append(torch.get_num_threads())
         raise OSError("that is all that was to be seen")
 
-    monkeypatch.setattr("compat.jobs.embed.load_model", load)
+    monkeypatch.setattr("compat.jobs.embedder.load_model", load)
     monkeypatch.setattr("joblib.cpu_count", lambda: granted)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable:
