@@ -114,6 +114,15 @@ def downstream(session):
     session.run("pytest", "tests/downstream", *session.posargs, env=OFFLINE)
 
 
+@nox.session(name="test-ray", default=False)
+def test_ray(session):
+    """Embed on a local Ray of two actors, kill them and the driver, and carry on: some minutes."""
+    install(session, "ray", extras="[embed,ray]")
+    # On a small machine Ray takes the memory of others for its own.
+    quiet = {"RAY_memory_monitor_refresh_ms": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    session.run("pytest", "-m", "ray", "tests/jobs", *session.posargs, env=OFFLINE | quiet)
+
+
 @nox.session(name="test-fla", default=False)
 def test_fla(session):
     """Test models of flash-linear-attention and xlstm, in Triton's interpreter: some minutes."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +14,7 @@ from typing import Annotated
 from compat.errors import VerticalChunkingError
 
 _EXTRA = 'pip install "vertical-chunking[embed]"'
+_RAY = 'pip install "vertical-chunking[embed,ray]"'
 
 try:
     import typer
@@ -38,6 +41,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Engine(StrEnum):
+    """The choices of --engine."""
+
+    local = "local"
+    ray = "ray"
+
+
 @app.command()
 def status(
     models: Annotated[
@@ -50,10 +60,13 @@ def status(
     typer.echo(compat.supported_models_table() if models else str(compat.status()))
 
 
-def _output(path: Path) -> Path:
+def _output(context: typer.Context, path: Path) -> Path:
     try:
         str(path).encode()
-        if path.is_dir():
+        if context.params.get("engine") is Engine.ray:
+            if path.exists() and not path.is_dir():
+                raise typer.BadParameter(f"{path} is a file; with --engine ray it is a folder.")
+        elif path.is_dir():
             raise typer.BadParameter(f"{path} is a folder; a file is needed.")
         if not path.parent.is_dir():
             raise typer.BadParameter(f"The folder {path.parent} does not exist; create it first.")
@@ -194,6 +207,34 @@ def embed(
             show_default=False,
         ),
     ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            is_eager=True,  # What --output may be depends on it.
+            metavar="NAME",
+            help="local, or ray: on all machines of a Ray cluster, into a folder of Parquet files, "
+            "in no order. The model, the inputs and the output have the same path on every "
+            "machine.",
+        ),
+    ] = Engine.local,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The Ray cluster; by default the one of RAY_ADDRESS, or this machine alone.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Models that are loaded on the Ray cluster; by default one for each GPU, or for "
+            "each CPU but one.",
+            show_default=False,
+        ),
+    ] = None,
     traceback: Annotated[
         bool,
         typer.Option(
@@ -206,8 +247,8 @@ def embed(
 ) -> None:
     """Embed documents into a Parquet file.
 
-    Finished rows are kept in FILE.partial until all is done: after an
-    interruption, the same command carries on where it stopped.
+    Finished rows are kept in FILE.partial until all is done (with
+    --engine ray they are in the folder at once): after an interruption, the same command carries on where it stopped.
     Documents that cannot be embedded are named on stderr, one line each,
     and the rest is embedded.
 
@@ -216,12 +257,18 @@ def embed(
     """
     if spans is not None and spans_column is not None:
         raise typer.BadParameter("Give --spans or --spans-column, not both.")
+    if engine is not Engine.ray and (address is not None or workers is not None):
+        raise typer.BadParameter("--address and --workers are for --engine ray.")
     every = None if spans is None else _every(spans)
     try:
         if find_spec("pyarrow") is None:
             raise VerticalChunkingError("no pyarrow", "pyarrow, for Parquet", _EXTRA)
-        from compat.jobs.embed import embed as run
+        if engine is Engine.ray:
+            run = _on_ray(address, workers)
+        else:
+            from compat.jobs.embed import embed as run_here
 
+            run = partial(run_here, traceback=traceback)
         problems = run(
             inputs,
             output,
@@ -234,7 +281,6 @@ def embed(
             id_column=id_column,
             max_seq_length=max_seq_length,
             truncate=truncate,
-            traceback=traceback,
             every=every,
             spans_column=spans_column,
         )
@@ -248,6 +294,22 @@ def embed(
     if problems:
         typer.echo(f"Not embedded: {problems}, named above.", err=True)
         raise typer.Exit(1)
+
+
+def _on_ray(address: str | None, workers: int | None) -> Callable[..., int]:
+    if find_spec("ray") is None:
+        raise VerticalChunkingError("no ray", "ray, for --engine ray", _RAY)
+    import ray
+
+    from compat.jobs.ray import embed as run
+
+    try:
+        ray.init(address=address)
+    except ConnectionError as error:
+        raise VerticalChunkingError(
+            f"no Ray cluster at {address}", "one that runs", "start it, or leave out --address"
+        ) from error
+    return partial(run, workers=workers)
 
 
 def _failure(error: Exception, output: Path) -> typer.Exit:

@@ -76,6 +76,16 @@ def locked(path: Path) -> Iterator[BinaryIO]:
 
 def append(journal: BinaryIO, rows: Sequence[Row | PassageRow], settings: dict[str, str]) -> None:
     """Write the rows as one record batch, so that they outlive this process and the machine."""
+    batch = record_batch(rows, settings)
+    if journal.tell() == 0:
+        journal.write(batch.schema.serialize())
+    journal.write(batch.serialize())
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def record_batch(rows: Sequence[Row | PassageRow], settings: dict[str, str]) -> pa.RecordBatch:
+    """Make a record batch of rows, with the settings in its schema's metadata."""
     columns = dict(zip(rows[0]._fields, zip(*rows, strict=True), strict=True))
     vectors = np.stack(columns["embedding"]).astype(np.float32)
     kind = pa.list_(pa.float32(), vectors.shape[1])
@@ -84,12 +94,7 @@ def append(journal: BinaryIO, rows: Sequence[Row | PassageRow], settings: dict[s
         name: embeddings if name == "embedding" else pa.array(values, _TYPES[name])
         for name, values in columns.items()
     }
-    batch = pa.record_batch(arrays, metadata={SETTINGS_KEY: json.dumps(settings)})
-    if journal.tell() == 0:
-        journal.write(batch.schema.serialize())
-    journal.write(batch.serialize())
-    journal.flush()
-    os.fsync(journal.fileno())
+    return pa.record_batch(arrays, metadata={SETTINGS_KEY: json.dumps(settings)})
 
 
 def read_journal(path: Path) -> tuple[pa.Table | None, int]:
@@ -143,23 +148,28 @@ def finished(output: Path, path: Path, settings: dict[str, str]) -> dict[str, st
     if rows is not None:
         tables.append((path, rows))
     for file, table in tables:
-        metadata = table.schema.metadata or {}
-        if SETTINGS_KEY not in metadata:
-            raise foreign(file)
-        found = json.loads(metadata[SETTINGS_KEY])
-        # A file of whole texts, and the settings for one, do not speak of passages.
-        keys = dict.fromkeys([*settings, *found])
-        if differing := [key for key in keys if found.get(key) != settings.get(key)]:
-            raise VerticalChunkingError(
-                f"{file} with " + ", ".join(f"{key} {found.get(key)}" for key in differing),
-                ", ".join(f"{key} {settings.get(key)}" for key in differing),
-                f"give another --output, or delete {file}",
-            )
+        check_settings(file, table, settings)
     return {
         name: digest
         for _, table in tables
         for name, digest in zip(table["id"].to_pylist(), table["sha256"].to_pylist(), strict=True)
     }
+
+
+def check_settings(file: Path, table: pa.Table, settings: dict[str, str]) -> None:
+    """Raise if the rows of a file were made with other settings, or by somebody else."""
+    metadata = table.schema.metadata or {}
+    if SETTINGS_KEY not in metadata:
+        raise foreign(file)
+    found = json.loads(metadata[SETTINGS_KEY])
+    # A file of whole texts, and the settings for one, do not speak of passages.
+    keys = dict.fromkeys([*settings, *found])
+    if differing := [key for key in keys if found.get(key) != settings.get(key)]:
+        raise VerticalChunkingError(
+            f"{file} with " + ", ".join(f"{key} {found.get(key)}" for key in differing),
+            ", ".join(f"{key} {settings.get(key)}" for key in differing),
+            f"give another --output, or delete {file}",
+        )
 
 
 def drop_torn_batch(path: Path, journal: BinaryIO) -> None:

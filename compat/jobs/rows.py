@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
@@ -115,7 +113,7 @@ class RowEmbedder:
         for number, item in enumerate(items):
             for row in [item] if isinstance(item, Problem) else found[item.where]:
                 if isinstance(row, Problem):
-                    rows.append({"id": _id(table, number, self._columns), "problem": row.what})
+                    rows.append({"id": id_of(table, number, self._columns), "problem": row.what})
                 else:
                     vector = row.embedding.astype(np.float32)
                     rows.append({**row._asdict(), "embedding": vector})
@@ -148,7 +146,8 @@ def by_place(
     return found
 
 
-def _id(table: pa.Table, number: int, columns: Columns) -> Any:
+def id_of(table: pa.Table, number: int, columns: Columns) -> str | None:
+    """Return the id of a row as a string; None if it has none, or one that is no text."""
     try:
         value = table[columns.id][number].as_py()
     except UnicodeDecodeError:
