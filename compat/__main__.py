@@ -247,8 +247,9 @@ def embed(
 ) -> None:
     """Embed documents into a Parquet file.
 
-    Finished rows are kept in FILE.partial until all is done (with
-    --engine ray they are in the folder at once): after an interruption, the same command carries on where it stopped.
+    Finished rows are kept in FILE.partial until all is done; with
+    --engine ray they are in the folder at once. After an interruption,
+    the same command carries on where it stopped.
     Documents that cannot be embedded are named on stderr, one line each,
     and the rest is embedded.
 
@@ -304,7 +305,7 @@ def _on_ray(address: str | None, workers: int | None) -> Callable[..., int]:
     from compat.jobs.ray import embed as run
 
     try:
-        ray.init(address=address)
+        ray.init(address=address, ignore_reinit_error=True)
     except ConnectionError as error:
         raise VerticalChunkingError(
             f"no Ray cluster at {address}", "one that runs", "start it, or leave out --address"

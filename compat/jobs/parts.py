@@ -153,7 +153,7 @@ class Finished:
     def has(self, doc: Document) -> bool:
         """Return whether a document has its rows, made of the text that it has now."""
         found = self._base.execute("SELECT sha256 FROM finished WHERE id = ? LIMIT 1", [doc.id])
-        return found.fetchone() == (doc.sha256,)
+        return bool(found.fetchone() == (doc.sha256,))
 
     def is_doubled(self, doc: Document) -> bool:
         """Return whether the id of a document comes again in the input."""

@@ -23,7 +23,7 @@ import compat
 from compat.errors import VerticalChunkingError
 from compat.jobs.documents import Columns, Document, Known, Note, Problem, read_documents, read_rows
 from compat.jobs.embedder import DocumentEmbedder
-from compat.jobs.journal import locked
+from compat.jobs.journal import PassageRow, Row, locked
 from compat.jobs.loading import label
 from compat.jobs.parts import (
     Finished,
@@ -242,7 +242,7 @@ class _Worker:
         items: list[Item] = pickle.loads(block)
         documents = [item for item in items if isinstance(item, Document)]
         others: list[Any] = [item for item in items if not isinstance(item, Document)]
-        rows = []
+        rows: list[Row | PassageRow] = []
         for batch in self._embedder.batches(documents, self._batch_size):
             for made in self._embedder(batch):
                 (others if isinstance(made, Problem) else rows).append(made)
@@ -255,7 +255,7 @@ class _Worker:
             "line": None,
             "problems": 0,
             "documents": len({row.id for row in rows}),
-            "made": sum(getattr(row, "num_tokens", 1) for row in rows),
+            "made": sum(row.num_tokens if isinstance(row, Row) else 1 for row in rows),
         }
 
 

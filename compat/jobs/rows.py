@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
@@ -109,7 +111,7 @@ class RowEmbedder:
         documents = [item for item in items if isinstance(item, Document)]
         for batch in self._embedder.batches(documents, self._batch_size):
             found |= by_place(batch, self._embedder(batch))
-        rows = []
+        rows: list[dict[str, Any]] = []
         for number, item in enumerate(items):
             for row in [item] if isinstance(item, Problem) else found[item.where]:
                 if isinstance(row, Problem):
