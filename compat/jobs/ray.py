@@ -245,7 +245,10 @@ class _Worker:
         rows: list[Row | PassageRow] = []
         for batch in self._embedder.batches(documents, self._batch_size):
             for made in self._embedder(batch):
-                (others if isinstance(made, Problem) else rows).append(made)
+                if isinstance(made, Problem):
+                    others.append(made)
+                else:
+                    rows.append(made)
         if rows:
             write_part(self._folder, self._run, documents, rows, self._embedder.settings)
         for item in others:
