@@ -267,9 +267,7 @@ def embed(
         if engine is Engine.ray:
             run = _on_ray(address, workers)
         else:
-            from compat.jobs.embed import embed as run_here
-
-            run = partial(run_here, traceback=traceback)
+            from compat.jobs.embed import embed as run
         problems = run(
             inputs,
             output,
@@ -282,6 +280,7 @@ def embed(
             id_column=id_column,
             max_seq_length=max_seq_length,
             truncate=truncate,
+            traceback=traceback,
             every=every,
             spans_column=spans_column,
         )

@@ -97,14 +97,16 @@ def build_index(folder: Path, settings: dict[str, str]) -> int:
                 "INSERT INTO finished VALUES (?, ?, ?)", zip(*columns, repeat(number), strict=False)
             )
         base.execute("CREATE INDEX by_id ON finished (id, file)")
-        stale = base.execute(
-            "SELECT DISTINCT f.file, f.id FROM finished f JOIN (SELECT id, max(file) AS newest "
-            "FROM finished GROUP BY id HAVING min(file) < max(file)) n "
+        base.execute(
+            "CREATE TEMP TABLE stale AS SELECT DISTINCT f.file, f.id FROM finished f JOIN "
+            "(SELECT id, max(file) AS newest FROM finished GROUP BY id "
+            "HAVING min(file) < max(file)) n "
             "ON f.id = n.id AND f.file < n.newest ORDER BY f.file"
-        ).fetchall()
+        )
+        stale = base.execute("SELECT file, id FROM stale ORDER BY file")
         for number, found in groupby(stale, lambda row: row[0]):
             _drop_rows(files[number], [name for _, name in found])
-        base.executemany("DELETE FROM finished WHERE file = ? AND id = ?", stale)
+        base.execute("DELETE FROM finished WHERE (file, id) IN (SELECT file, id FROM stale)")
         base.commit()
         return int(base.execute("SELECT count(*) FROM finished").fetchone()[0])
 

@@ -54,6 +54,7 @@ def embed(
     id_column: str | None = None,
     max_seq_length: int | None = None,
     truncate: bool = False,
+    traceback: bool = False,
     every: tuple[int, int] | None = None,
     spans_column: str | None = None,
     workers: int | None = None,
@@ -113,7 +114,7 @@ def embed(
         if isinstance(source, ray.data.Dataset):
             blocks = _blocks_of_dataset(source, folder, columns, block_rows, block_bytes)
         else:
-            blocks = _blocks_of_inputs(source, folder, columns, block_rows, block_bytes)
+            blocks = _blocks_of_inputs(source, folder, columns, block_rows, block_bytes, traceback)
         start = time.perf_counter()
         results = blocks.repartition(target_num_rows_per_block=1).map_batches(
             _Worker,
@@ -126,6 +127,7 @@ def embed(
                 folder,
                 run,
                 batch_size,
+                traceback,
                 Path.cwd(),
                 needs["num_cpus"],
             ),
@@ -210,6 +212,7 @@ class _Worker:
         folder: Path,
         run: int,
         batch_size: int,
+        traceback: bool,
         place: Path,
         cores: float,
     ) -> None:
@@ -217,7 +220,8 @@ class _Worker:
         torch.set_num_threads(max(1, int(cores)))
         compat.enable_vertical_chunking()
         self._embedder = DocumentEmbedder(**arguments)
-        self._folder, self._run, self._batch_size = folder, run, batch_size
+        self._folder, self._run = folder, run
+        self._batch_size, self._traceback = batch_size, traceback
         if self._embedder.settings != settings:
             raise VerticalChunkingError(
                 f"a machine where the model is {self._embedder.settings}",
@@ -244,7 +248,7 @@ class _Worker:
         others: list[Any] = [item for item in items if not isinstance(item, Document)]
         rows: list[Row | PassageRow] = []
         for batch in self._embedder.batches(documents, self._batch_size):
-            for made in self._embedder(batch):
+            for made in self._embedder(batch, self._traceback):
                 if isinstance(made, Problem):
                     others.append(made)
                 else:
@@ -263,7 +267,12 @@ class _Worker:
 
 
 def _blocks_of_inputs(
-    inputs: Sequence[str | Path], folder: Path, columns: Columns, rows: int, size: int
+    inputs: Sequence[str | Path],
+    folder: Path,
+    columns: Columns,
+    rows: int,
+    size: int,
+    traceback: bool,
 ) -> Any:
     """Read files in one task, as the command does: it knows the ids that it has seen."""
     place, paths = Path.cwd(), [Path(path) for path in inputs]
@@ -273,9 +282,7 @@ def _blocks_of_inputs(
         finished, known = Finished(folder), Known()
 
         def unfinished() -> Iterator[Item]:
-            found = read_documents(
-                paths, columns.text, columns.id, known=known, spans_column=columns.spans
-            )
+            found = read_documents(paths, columns.text, columns.id, traceback, known, columns.spans)
             return (doc for doc in found if not (isinstance(doc, Document) and finished.has(doc)))
 
         # Long files are not held, and can be put in order.

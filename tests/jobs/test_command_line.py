@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -1060,7 +1061,7 @@ def test_help_names_every_option():
     for option in (
         "--output", "--model", "--vertical-chunk-size", "--batch-size", "--dtype", "--device",
         "--text-column", "--id-column", "--max-seq-length", "--truncate", "--traceback",
-        "--spans", "--spans-column",
+        "--spans", "--spans-column", "--engine", "--address", "--workers",
     ):  # fmt: skip
         assert option in text
     for word in (
@@ -1100,3 +1101,19 @@ runpy.run_module("compat", run_name="__main__", alter_sys=True)
 def test_status_prints_the_tables():
     assert run("status").stdout == f"{compat.status()}\n"
     assert run("status", "--models").stdout == f"{compat.supported_models_table()}\n"
+
+
+def test_the_engine_ray_needs_ray_and_a_folder(monkeypatch):
+    there = find_spec
+    monkeypatch.setattr(
+        "compat.__main__.find_spec", lambda name: None if name == "ray" else there(name)
+    )
+    Path("folder").mkdir()
+    result = embed("a.txt", "--engine", "ray", output="folder", status=2)
+    (line,) = complaints(result)
+    assert line.endswith('Remedy: pip install "vertical-chunking[embed,ray]".')
+    write("file", "of mine")
+    result = embed("a.txt", "--engine", "ray", output="file", status=2)
+    assert "file is a file; with --engine ray it is a folder." in result.stderr
+    result = embed("a.txt", "--workers", 2, status=2)
+    assert "--address and --workers are for --engine ray." in result.stderr
