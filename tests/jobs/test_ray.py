@@ -101,6 +101,10 @@ def test_the_command_has_the_same_rows_and_problems_on_ray(model):
     (counted,) = duckdb.sql("SELECT count(*), count(DISTINCT id) FROM 'out/*.parquet'").fetchall()
     assert counted == (12, 12)
     assert len(pq.read_table("out")) == 12
+    lancedb = pytest.importorskip("lancedb")
+    copied = lancedb.connect("lance").create_table("out", pq.read_table("out"))
+    (nearest,) = copied.search(wanted["embedding"][3].as_py()).limit(1).to_list()
+    assert nearest["id"] == wanted["id"][3].as_py()
 
 
 def test_a_dataset_has_the_commands_rows_and_its_doubled_ids_are_named(model, capfd):
@@ -197,3 +201,22 @@ def test_a_long_text_begins_first_and_holds_nobody_up(model):
     (book,) = (file for file in files if "notes.jsonl:201" in file["id"].to_pylist())
     assert len(book) == 1
     assert max(map(len, files)) <= 33
+
+
+def test_what_fails_far_away_is_one_line_and_ends_with_2(model, monkeypatch):
+    from compat.jobs import ray as on_ray
+
+    write_texts(2)
+    more = ["--output", "out", "--engine", "ray", "--workers", 1]
+    result = command("docs", "--model", "nowhere", *more, status=2)
+    here = command("docs", "--model", "nowhere", "--output", "one.parquet", status=2)
+    assert result.stderr.splitlines()[-1] == here.stderr.splitlines()[-1]
+
+    class Full(on_ray._Worker):
+        def __call__(self, table):
+            raise OSError(28, "No space left on device", "out/a")
+
+    monkeypatch.setattr(on_ray, "_Worker", Full)
+    result = command("docs", "--model", model, *more, status=2)
+    assert "out/a cannot be written (No space left on device)" in result.stderr.splitlines()[-1]
+    assert list(Path("out").glob("*.parquet")) == []
