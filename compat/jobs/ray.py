@@ -11,7 +11,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from compat.errors import VerticalChunkingError
 from compat.jobs.documents import Columns, Document, Known, Note, Problem, read_documents, read_rows
 from compat.jobs.embedder import DocumentEmbedder
 from compat.jobs.journal import PassageRow, Row, locked
-from compat.jobs.loading import label
+from compat.jobs.loading import in_short, label
 from compat.jobs.parts import (
     Finished,
     build_index,
@@ -38,7 +38,16 @@ from compat.jobs.rows import id_of
 from compat.stream.text import TextStream
 
 Item = Document | Problem | Note
-Filter = Callable[[Iterable[Item]], Iterator[Item]]
+# What an actor tells of a block: problems and notes, what it made, or why it could not.
+_TOLD = pa.schema(
+    [
+        ("line", pa.string()),
+        ("problems", pa.int64()),
+        ("documents", pa.int64()),
+        ("made", pa.int64()),
+        ("failure", pa.binary()),
+    ]
+)
 
 
 def embed(
@@ -67,7 +76,7 @@ def embed(
     The model, the output, and inputs that are files must have the same path on every machine.
 
     Args:
-        source: A Ray Dataset with the columns, or paths as the command takes them.
+        source: A Ray Dataset with the columns, or a path or paths as the command takes them.
         output: A folder of Parquet files, with the command's columns.
         workers: Actors, each with a model; by default as many as have room, with a CPU to spare.
         resources: What each of them needs, such as {"CPU": 4, "GPU": 1}; by default a CPU, and a
@@ -91,6 +100,8 @@ def embed(
         raise VerticalChunkingError(
             "a Dataset without id_column", "a column of ids, by which a run carries on", "name it"
         )
+    if isinstance(source, str | Path):
+        source = [source]
     folder = Path(output).absolute()
     folder.mkdir(exist_ok=True)
     arguments = {
@@ -105,6 +116,7 @@ def embed(
     }
     columns = Columns(text_column, id_column, spans_column)
     needs = _needs(resources)
+    workers = _workers(workers, needs)
     with locked(folder / "_lock"):
         if (line := label(model)) is not None:
             print(line, file=sys.stderr)
@@ -120,7 +132,7 @@ def embed(
             _Worker,
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=workers or _room(needs)),
+            compute=ray.data.ActorPoolStrategy(size=workers),
             fn_constructor_args=(
                 arguments,
                 settings,
@@ -153,13 +165,21 @@ def _needs(resources: Mapping[str, float] | None) -> dict[str, Any]:
     return needs | ({"resources": wanted} if wanted else {})
 
 
-def _room(needs: Mapping[str, Any]) -> int:
-    """Return how many actors the cluster has room for, with a CPU left to those who read."""
+def _workers(wanted: int | None, needs: Mapping[str, Any]) -> int:
+    """Return how many actors there are to be, with a CPU left to those who read."""
     there = ray.cluster_resources()
     rooms = [(there.get("CPU", 1.0) - 1) / needs["num_cpus"]] if needs["num_cpus"] else []
     if gpus := needs.get("num_gpus"):
         rooms.append(there.get("GPU", 0.0) / gpus)
-    return max(1, math.floor(min(rooms, default=1)))
+    room = math.floor(min(rooms, default=wanted or 1))
+    if room < (wanted or 1):
+        # They would wait for each other.
+        raise VerticalChunkingError(
+            f"a Ray cluster with room for {max(0, room)} workers beside a CPU that reads",
+            f"room for {wanted or 1}, each with {dict(needs)}",
+            "give fewer --workers, or let ray have more",
+        )
+    return wanted or room
 
 
 def _settings(arguments: Mapping[str, Any], needs: Mapping[str, Any]) -> dict[str, str]:
@@ -182,24 +202,25 @@ def _try_model(arguments: Mapping[str, Any], place: Path) -> dict[str, str] | tu
 def _follow(results: Any) -> tuple[int, int, int]:
     """Have the work done; return the numbers of problems, documents, and tokens or passages."""
     problems = documents = made = 0
-    try:
-        for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in table.to_pylist():
-                if row["line"] is not None:
-                    print(row["line"], file=sys.stderr)
-                problems += row["problems"]
-                documents += row["documents"]
-                made += row["made"]
-    except Exception as error:
-        raise _cause(error) from error
+    for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in table.to_pylist():
+            if row["failure"] is not None:
+                raise pickle.loads(row["failure"])
+            if row["line"] is not None:
+                print(row["line"], file=sys.stderr)
+            problems += row["problems"]
+            documents += row["documents"]
+            made += row["made"]
     return problems, documents, made
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Return what was raised at first, far away."""
-    while isinstance(inner := getattr(error, "cause", None) or error.__cause__, BaseException):
-        error = inner
-    return error
+def _pickled_error(error: Exception) -> bytes:
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:
+        return pickle.dumps(RuntimeError(in_short(error)))
+    return data
 
 
 class _Worker:
@@ -222,27 +243,25 @@ class _Worker:
         self._embedder = DocumentEmbedder(**arguments)
         self._folder, self._run = folder, run
         self._batch_size, self._traceback = batch_size, traceback
-        if self._embedder.settings != settings:
-            raise VerticalChunkingError(
-                f"a machine where the model is {self._embedder.settings}",
-                f"{settings}, as on the others",
-                "install the same package and copy the same model everywhere",
-            )
+        self._settings = settings
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Embed the blocks of a table; return a line for each problem, and what was made."""
-        told = [row for block in table["block"].to_pylist() for row in self._embed(block)]
-        return pa.Table.from_pylist(
-            told,
-            pa.schema(
-                [
-                    ("line", pa.string()),
-                    *((name, pa.int64()) for name in ["problems", "documents", "made"]),
-                ]
-            ),
-        )
+        try:
+            told = [row for block in table["block"].to_pylist() for row in self._embed(block)]
+        except Exception as error:  # Ray would hand on another kind of error.
+            if self._traceback:
+                raise
+            told = [{"failure": _pickled_error(error)}]
+        return pa.Table.from_pylist(told, _TOLD)
 
     def _embed(self, block: bytes) -> Iterator[dict[str, Any]]:
+        if self._embedder.settings != self._settings:
+            raise VerticalChunkingError(
+                f"a machine where the model is {self._embedder.settings}",
+                f"{self._settings}, as on the others",
+                "install the same package and copy the same model everywhere",
+            )
         items: list[Item] = pickle.loads(block)
         documents = [item for item in items if isinstance(item, Document)]
         others: list[Any] = [item for item in items if not isinstance(item, Document)]

@@ -213,10 +213,17 @@ def test_what_fails_far_away_is_one_line_and_ends_with_2(model, monkeypatch):
     assert result.stderr.splitlines()[-1] == here.stderr.splitlines()[-1]
 
     class Full(on_ray._Worker):
-        def __call__(self, table):
+        def _embed(self, block):
             raise OSError(28, "No space left on device", "out/a")
 
     monkeypatch.setattr(on_ray, "_Worker", Full)
     result = command("docs", "--model", model, *more, status=2)
     assert "out/a cannot be written (No space left on device)" in result.stderr.splitlines()[-1]
     assert list(Path("out").glob("*.parquet")) == []
+
+
+def test_more_workers_than_there_is_room_for_are_refused(model):
+    write_texts(1)
+    more = ["--output", "out", "--engine", "ray", "--workers", 4]
+    result = command("docs", "--model", model, *more, status=2)
+    assert "room for 3 workers beside a CPU that reads" in result.stderr.splitlines()[-1]
