@@ -1,6 +1,7 @@
 """Corpora on Ray: the rows of the command, and nothing lost, doubled or stale whoever is killed."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -195,12 +196,23 @@ def test_a_killed_driver_is_carried_on_with(model):
 
 
 def test_a_long_text_begins_first_and_holds_nobody_up(model):
+    from compat.jobs import parts
+    from compat.jobs import ray as on_ray
+    from compat.jobs.documents import Columns
+
     Path("notes.jsonl").write_text('{"text": "a note"}\n' * 200 + f'{{"text": "{"book " * 20}"}}\n')
-    assert embed(["notes.jsonl"], model, block_rows=50, block_bytes=200) == 0
-    files = [pq.ParquetFile(path).read() for path in Path("out").glob("*.parquet")]
-    (book,) = (file for file in files if "notes.jsonl:201" in file["id"].to_pylist())
-    assert len(book) == 1
-    assert max(map(len, files)) <= 33
+    Path("longer.txt").write_text("book " * 30_000)
+    Path("longest.txt").write_text("book " * 40_000)
+    parts.build_index(Path.cwd(), {})
+    columns = Columns("text", None, None)
+    inputs = ["notes.jsonl", "longer.txt", "longest.txt"]
+    blocks = on_ray._blocks_of_inputs(inputs, Path.cwd(), columns, 50, 200, False).take_all()
+    ids = [[doc.id for doc in pickle.loads(row["block"])] for row in blocks]
+    assert ids[:3] == [["notes.jsonl:201"], ["longest.txt"], ["longer.txt"]]
+    assert [name for block in ids[3:] for name in block] == [
+        f"notes.jsonl:{i}" for i in range(1, 201)
+    ]
+    assert {len(block) for block in ids[3:-1]} == {200 // len("a note")}
 
 
 def test_what_fails_far_away_is_one_line_and_ends_with_2(model, monkeypatch):
