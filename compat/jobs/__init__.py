@@ -9,8 +9,12 @@ from __future__ import annotations
 from importlib import import_module
 
 __all__ = [
+    "documents",
     "embed",
+    "journal",
     "loading",
+    "parts",
+    "ray",
     "text_files",
 ]
 
