@@ -1,4 +1,4 @@
-"""What is replaced in sentence-transformers, after a look at all that the hooks rely on.
+"""List what is replaced in sentence-transformers, after a look at all that the hooks rely on.
 
     encode(vertical_chunk_size=...) -> _inference -> Transformer: a stream of chunks
                                                   -> Dense, Normalize: chunk by chunk

@@ -211,9 +211,12 @@ def test_enable_patches_what_is_known_and_disable_puts_the_very_objects_back(rel
         (f"transformers.models.{name}.modeling_{name}", "mamba_selective_scan") for name in MAMBA
     }
     mixers = {(mixer, "forward") for mixer in [*MAMBA.values(), "Mamba2Mixer"]}
-    wkv = ("transformers.models.rwkv.modeling_rwkv", "rwkv_linear_attention")
+    rwkv = {
+        ("transformers.models.rwkv.modeling_rwkv", "rwkv_linear_attention"),
+        ("RwkvModel", "_rescale_layers"),
+    }
     scans |= {("transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan")}
-    assert released() == scans | mixers | {("xLSTMBackend", "forward"), wkv}
+    assert released() == scans | mixers | rwkv | {("xLSTMBackend", "forward")}
     compat.enable_vertical_chunking()
     compat.disable_vertical_chunking()
     assert released() == set()
