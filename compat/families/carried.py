@@ -81,9 +81,8 @@ def _layer_classes() -> tuple[Any, Any]:
             if conv is not None:
                 self.conv_states[state_idx] = conv
                 self.is_conv_states_initialized[state_idx] = True
-                self.__dict__.update(
-                    device=conv.device, dtype=conv.dtype
-                )  # As None they are typed.
+                # They are typed as None.
+                self.__dict__.update(device=conv.device, dtype=conv.dtype)
             if recurrent is not None:
                 self.recurrent_states[state_idx] = recurrent
                 self.is_recurrent_states_initialized[state_idx] = True

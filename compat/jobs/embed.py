@@ -90,7 +90,7 @@ def embed(
             every=every,
             spans_column=spans_column,
         )
-        settings, passages = embedder.settings, embedder.passages
+        settings = embedder.settings
         done.update(finished(output, path, settings))
         drop_torn_batch(path, journal)
         # A first pass tells what is wrong before hours of work, and how much there is to do.
@@ -101,7 +101,7 @@ def embed(
         with compat.vertical_chunking(), bar, progress.into(bar):
             for batch in embedder.batches(unfinished(), batch_size):
                 rows = []
-                for item in embedder(batch, traceback):
+                for _, item in embedder(batch, traceback):
                     if isinstance(item, Problem):
                         report(item)
                     else:
@@ -119,10 +119,15 @@ def embed(
     if (line := embedder.limit.summary()) is not None:
         print(line, file=sys.stderr)
     if kept:
-        unit = "passages" if passages else "tokens"
-        speed = f"{made} {unit} in {seconds:.1f} s ({made / seconds:.0f} {unit}/s)"
-        _say(f"{count} documents, {speed}; {kept} rows in {output}")
+        unit = "passages" if embedder.passages else "tokens"
+        say_made(count, made, unit, seconds, f"{kept} rows in {output}")
     return sum(isinstance(item, Problem) for item in reported)
+
+
+def say_made(documents: int, made: int, unit: str, seconds: float, where: str) -> None:
+    """Say on stdout what a run has made, how fast, and where it is."""
+    speed = f"{made} {unit} in {seconds:.1f} s ({made / seconds:.0f} {unit}/s)"
+    _say(f"{documents} documents, {speed}; {where}")
 
 
 def _say(line: str) -> None:

@@ -27,7 +27,8 @@ from compat.jobs.text_files import ChangedError
 from compat.stream.spans import NoTokenInSpanError
 from compat.stream.token_ids import TokenIds
 
-Rows = list[Row | PassageRow | Problem]
+# A document, and a row of it or why it has none.
+Made = tuple[Document, Row | PassageRow | Problem]
 
 
 class DocumentEmbedder:
@@ -84,7 +85,7 @@ class DocumentEmbedder:
         while batch := list(islice(rest, 1 if self.passages else size)):
             yield batch
 
-    def __call__(self, batch: Sequence[Document], traceback: bool = False) -> Rows:
+    def __call__(self, batch: Sequence[Document], traceback: bool = False) -> list[Made]:
         """Embed documents side by side; where that fails, each alone, to find out which it was.
 
         Args:
@@ -92,7 +93,8 @@ class DocumentEmbedder:
             traceback: Whether to raise what one document alone made fail, instead of reporting it.
 
         Returns:
-            For each document its rows or a problem; problems that are seen early come first.
+            Each document with its row or a problem, or with each of its rows; problems that are
+            seen early come first.
         """
         try:
             return list(self._read(batch))
@@ -102,16 +104,17 @@ class DocumentEmbedder:
             if traceback:
                 raise
             if len(batch) == 1:
-                return [Problem(batch[0].where, _what_failed(error))]
+                return [(batch[0], Problem(batch[0].where, _what_failed(error)))]
         # Not in the handler: its error holds what the batch had taken of the device's memory.
-        return [item for doc in batch for item in self([doc])]
+        return [made for doc in batch for made in self([doc])]
 
-    def _read(self, batch: Sequence[Document]) -> Iterator[Row | PassageRow | Problem]:
+    def _read(self, batch: Sequence[Document]) -> Iterator[Made]:
         if not self.passages:
             yield from _embed_texts(self._model, batch, self._size, self.limit)
             return
         for doc in batch:
-            yield from embed_passages(self._model, doc, self._size, self.limit, self._every)
+            for item in embed_passages(self._model, doc, self._size, self.limit, self._every):
+                yield doc, item
 
 
 def take_granted_cpus() -> None:
@@ -149,18 +152,18 @@ def _what_failed(error: Exception) -> str:
 
 def _embed_texts(
     model: SentenceTransformer, batch: Sequence[Document], vertical_chunk_size: int, limit: Limit
-) -> Iterator[Row | Problem]:
+) -> Iterator[Made]:
     todo: list[tuple[Document, int | None]] = []
     streamed: dict[int, TokenIds] = {}
     for doc in batch:
         if is_long(doc.text):
             todo.append((doc, None))  # It is counted as it is read.
         elif (length := limit.num_tokens(doc)) is None:
-            yield Problem(doc.where, limit.problem(doc))
+            yield doc, Problem(doc.where, limit.problem(doc))
         elif length:
             todo.append((doc, length))
         else:
-            yield Problem(doc.where, NO_TOKEN)
+            yield doc, Problem(doc.where, NO_TOKEN)
     with warnings.catch_warnings(), _counted_into(streamed):
         # What is cut here is meant to be.
         warnings.simplefilter("ignore", CutTextWarning)
@@ -175,8 +178,8 @@ def _embed_texts(
             ids = streamed.get(id(doc.text))
             length = limit.num_tokens(doc) if ids is None else limit.num_streamed(doc, ids)
         if length is None:
-            yield Problem(doc.where, limit.problem(doc))
+            yield doc, Problem(doc.where, limit.problem(doc))
         elif np.isfinite(vector).all():
-            yield Row(doc.id, length, vector, doc.sha256)
+            yield doc, Row(doc.id, length, vector, doc.sha256)
         else:
-            yield Problem(doc.where, NOT_FINITE)
+            yield doc, Problem(doc.where, NOT_FINITE)

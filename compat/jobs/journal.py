@@ -209,15 +209,21 @@ def merge(output: Path, path: Path, order: Iterable[str]) -> int:
     newest = _newest(tables)
     indices = [row for name in dict.fromkeys([*order, *newest]) for row in newest.get(name, ())]
     temporary = output.with_name(output.name + ".tmp")
+    write_whole(output, table.take(pa.array(indices, pa.int64())), temporary)
+    return len(indices)
+
+
+def write_whole(path: Path, table: pa.Table, temporary: Path) -> None:
+    """Write a Parquet file, by another name beside it: it is there whole or not at all."""
     try:
         with temporary.open("wb") as file:
-            pq.write_table(table.take(pa.array(indices, pa.int64())), file)
+            pq.write_table(table, file)
+            file.flush()
             os.fsync(file.fileno())
-        temporary.replace(output)
-    except OSError:
+        temporary.replace(path)
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return len(indices)
 
 
 def _newest(tables: Sequence[pa.Table]) -> dict[str, list[int]]:

@@ -18,10 +18,16 @@ from pathlib import Path
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from compat.jobs.documents import Document
-from compat.jobs.journal import PassageRow, Row, check_settings, read_output, record_batch
+from compat.jobs.journal import (
+    PassageRow,
+    Row,
+    check_settings,
+    read_output,
+    record_batch,
+    write_whole,
+)
 
 # Readers of folders pass over names that begin with an underscore or a dot.
 _INDEX = "_finished.sqlite"
@@ -55,16 +61,7 @@ def write_part(
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_whole(path, table, path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}"))
     with suppress(OSError):  # Not every system can keep the name of a file this way.
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -22,6 +22,7 @@ import torch
 import compat
 from compat.errors import VerticalChunkingError
 from compat.jobs.documents import Columns, Document, Known, Note, Problem, read_documents, read_rows
+from compat.jobs.embed import say_made
 from compat.jobs.embedder import DocumentEmbedder
 from compat.jobs.journal import PassageRow, Row, locked
 from compat.jobs.loading import in_short, label
@@ -150,8 +151,7 @@ def embed(
         kept = build_index(folder, settings)
         drop_index(folder)
     unit = "passages" if every or spans_column else "tokens"
-    speed = f"{made} {unit} in {seconds:.1f} s ({made / seconds:.0f} {unit}/s)"
-    print(f"{documents} documents, {speed}; {kept} rows in {output}", flush=True)
+    say_made(documents, made, unit, seconds, f"{kept} rows in {output}")
     return problems
 
 
@@ -267,7 +267,7 @@ class _Worker:
         others: list[Any] = [item for item in items if not isinstance(item, Document)]
         rows: list[Row | PassageRow] = []
         for batch in self._embedder.batches(documents, self._batch_size):
-            for made in self._embedder(batch, self._traceback):
+            for _, made in self._embedder(batch, self._traceback):
                 if isinstance(made, Problem):
                     others.append(made)
                 else:

@@ -110,7 +110,8 @@ class RowEmbedder:
         found: dict[str, list[Row | PassageRow | Problem]] = {}
         documents = [item for item in items if isinstance(item, Document)]
         for batch in self._embedder.batches(documents, self._batch_size):
-            found |= by_place(batch, self._embedder(batch))
+            for doc, made in self._embedder(batch):
+                found.setdefault(doc.where, []).append(made)
         rows: list[dict[str, Any]] = []
         for number, item in enumerate(items):
             for row in [item] if isinstance(item, Problem) else found[item.where]:
@@ -124,28 +125,6 @@ class RowEmbedder:
             pa.array(values, kind) for values, kind in zip(columns, self._schema.types, strict=True)
         ]
         return pa.table(arrays, self._schema)
-
-
-def by_place(
-    batch: list[Document], items: list[Row | PassageRow | Problem]
-) -> dict[str, list[Row | PassageRow | Problem]]:
-    """Return what became of each document, by the place where it was found.
-
-    Rows come in the order of the documents, but they have no place, and an id may come twice.
-    """
-    found: dict[str, list[Row | PassageRow | Problem]] = {doc.where: [] for doc in batch}
-    for item in items:
-        if isinstance(item, Problem):
-            found[item.where].append(item)
-    rows = [item for item in items if not isinstance(item, Problem)]
-    for doc in batch:
-        if found[doc.where]:
-            continue
-        if isinstance(rows[0], PassageRow):
-            found[doc.where], rows = list(rows), []  # They are read alone.
-        else:
-            found[doc.where].append(rows.pop(0))
-    return found
 
 
 def id_of(table: pa.Table, number: int, columns: Columns) -> str | None:

@@ -23,7 +23,7 @@ class Step(NamedTuple):
         stop: Behind the last one.
         rows: (n,) int64, the rows of the batch that still have tokens here.
         kept: (n,) int64, their places among the rows of the step before, from whose state they go
-            on; None in the first step.
+            on; None where the text begins.
         lengths: (n,) int64, how many of the tokens are real; the rest is padding.
     """
 
@@ -149,7 +149,7 @@ def steps(rows: Tensor, lengths: Tensor, parts: Sequence[Window]) -> Iterator[St
     Args:
         rows: (n,) int64, the rows that are run together, at least one.
         lengths: (batch,) int64, the number of tokens of each row.
-        parts: Consecutive `(start, end)` from 0.
+        parts: Consecutive `(start, end)`, from 0 or from where a state is.
     """
     longest = int(lengths[rows].max())
     for start, end in parts:
