@@ -124,7 +124,9 @@ def reader(contender: Contender, sizes: Sizes) -> Read:
 
 
 @functools.cache
-def make_model(model_type: str, sizes: Sizes, dtype: str) -> PreTrainedModel:
+def make_model(
+    model_type: str, sizes: Sizes, dtype: str, vocabulary: int = _VOCABULARY
+) -> PreTrainedModel:
     """Make a model with random weights, by default of the shape of the published one."""
     hidden, heads = sizes.hidden_size, sizes.hidden_size // 64
     own: dict[str, dict[str, Any]] = {
@@ -137,7 +139,7 @@ def make_model(model_type: str, sizes: Sizes, dtype: str) -> PreTrainedModel:
         | {"max_position_embeddings": max(sizes.lengths)},
     }
     layers = sizes.layers if model_type.startswith("mamba") else sizes.layers // 2
-    common = {"num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": _VOCABULARY}
+    common = {"num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": vocabulary}
     config = AutoConfig.for_model(model_type, **common, **own[model_type])
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModel.from_config(config, dtype=getattr(torch, dtype))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ci.bench.measure import peak
 from compat.jobs import parts
 from compat.jobs.documents import Document
 from compat.jobs.journal import Row
@@ -23,10 +24,8 @@ def _document(i: int) -> Document:
     return Document(name, "x", 1, hashlib.sha256(name.encode()).hexdigest(), name)
 
 
-def _peak() -> int:
-    """Return the most memory that this process has had, in MB."""
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
-    return int(line.split()[1]) // 1024
+def _peak_mb() -> int:
+    return peak(exact=True) // 2**20
 
 
 def rows(folder: Path) -> None:
@@ -36,12 +35,12 @@ def rows(folder: Path) -> None:
         documents = [_document(i) for i in range(start, min(_ROWS, start + _OF_A_FILE))]
         made = [Row(doc.id, 1, vector, doc.sha256) for doc in documents]
         parts.write_part(folder, 1, documents, made, settings)
-    before, start_s, cpu = _peak(), time.perf_counter(), time.process_time()
+    before, start_s, cpu = _peak_mb(), time.perf_counter(), time.process_time()
     count = parts.build_index(folder, settings)
     print(
         f"{count} rows in {len(parts.parts(folder))} files indexed in "
         f"{time.perf_counter() - start_s:.1f} s ({time.process_time() - cpu:.1f} s of CPU), "
-        f"{_peak() - before} MB above {before} MB"
+        f"{_peak_mb() - before} MB above {before} MB"
     )
     finished, cpu = parts.Finished(folder), time.process_time()
     found = sum(finished.has(_document(i)) for i in range(_ROWS))

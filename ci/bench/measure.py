@@ -76,7 +76,7 @@ def _measure_here(setup: Callable[[], S], work: Callable[[S], T]) -> Measurement
     start = time.perf_counter()
     result = work(subject)
     seconds = time.perf_counter() - start
-    return Measurement(seconds, max(_peak(exact) - before, 0), exact, result)
+    return Measurement(seconds, max(peak(exact) - before, 0), exact, result)
 
 
 def _give_back_freed_memory() -> None:
@@ -101,7 +101,13 @@ def _reset_peak() -> bool:
     return True
 
 
-def _peak(exact: bool) -> int:
+def peak(exact: bool) -> int:
+    """Return the largest resident size of this process in bytes.
+
+    Args:
+        exact: Whether it is the high-water mark, which Linux has and lets be reset; else the
+            largest size since the process began.
+    """
     if exact:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024

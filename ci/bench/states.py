@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 import compat
 from ci import corpus
 from ci.bench.__main__ import machine
-from ci.bench.contenders import Sizes
+from ci.bench.contenders import Sizes, make_model
 from ci.bench.measure import measure
 from ci.tables import markers
 from compat.default_model import load_default_model
@@ -77,20 +77,8 @@ def load(scale: Scale) -> Any:
 
 def larger(model: Any, scale: Scale) -> Any:
     """Put a Mamba2 with random weights into an embedder."""
-    from transformers import Mamba2Config, Mamba2Model
-
-    sizes = Sizes()
-    width = sizes.hidden_size
-    config = Mamba2Config(
-        hidden_size=width,
-        num_hidden_layers=scale.layers,
-        num_heads=2 * width // 64,
-        head_dim=64,
-        state_size=sizes.state_size,
-        n_groups=1,
-        vocab_size=model.transformers_model.config.vocab_size,
-    )
-    model[0].model = Mamba2Model(config).eval()
+    vocabulary = model.transformers_model.config.vocab_size
+    model[0].model = make_model("mamba2", Sizes(layers=scale.layers), "float32", vocabulary)
     return model
 
 

@@ -200,12 +200,10 @@ class Bench:
     ) -> Callable[[], object]:
         if way == "forward":
             return torch.no_grad()(functools.partial(call, inputs))
-        leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-        outputs = [one for one in call(leaves) if one.requires_grad]
+        _, outputs, leaves = _recorded(inputs, call)
         grads = [torch.randn_like(one) for one in outputs]
-        wanted = list(leaves.values())
         return functools.partial(
-            torch.autograd.grad, outputs, wanted, grads, retain_graph=True, allow_unused=True
+            torch.autograd.grad, outputs, leaves, grads, retain_graph=True, allow_unused=True
         )
 
     def _once(
@@ -217,11 +215,9 @@ class Bench:
         if way == "forward":
             with torch.no_grad():
                 return call(inputs), ()
-        leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-        found = call(leaves)
-        outputs = [one for one in found if one.requires_grad]
+        found, outputs, leaves = _recorded(inputs, call)
         grads = [torch.ones_like(one) for one in outputs]
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+        gradients = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
         return found, tuple(one for one in gradients if one is not None)
 
     def _copies(self, size: int) -> int:
@@ -271,6 +267,15 @@ class Bench:
         if self.device == "cpu":
             return "-"
         return f"{(torch.cuda.max_memory_allocated() - self._before) / 1e6:,.0f} MB"
+
+
+def _recorded(
+    inputs: dict[str, Tensor], call: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor]]:
+    """Call with a gradient for each input; return outputs, those that have one, and the inputs."""
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    found = call(leaves)
+    return found, [one for one in found if one.requires_grad], list(leaves.values())
 
 
 def _bytes(tensors: Any) -> int:

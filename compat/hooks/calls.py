@@ -24,7 +24,7 @@ from compat.hooks.size import Share, Size, encoding
 from compat.hooks.stored_default import get_default, in_training, warn_of_whole_texts
 from compat.hooks.streamed_texts import check_picklable, size_of, whole
 from compat.hooks.streamed_texts import preprocess as preprocess_streamed
-from compat.stream.rows import check_chunk_size
+from compat.stream.rows import check_chunk_size, require_tokens
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -184,11 +184,8 @@ def _check_forward(model: SentenceTransformer, features: Features) -> None:
             f"a model in eval mode, or model.{training.NAME}, with which chunks carry gradients",
             f"call model.eval() first, or set {training.NAME} and leave {KEYWORD} out",
         )
-    for row, mask in enumerate(features.get("attention_mask", ())):
-        if not mask.any():
-            raise ValueError(
-                f"Row {row} of attention_mask has no token: there is nothing to embed."
-            )
+    if (mask := features.get("attention_mask")) is not None:
+        require_tokens(mask.sum(1))
 
 
 def hook_multi_process(original: Callable[..., Any]) -> Callable[..., Any]:

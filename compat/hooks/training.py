@@ -23,7 +23,7 @@ from compat.hooks.own_chunks import KEYWORD
 from compat.hooks.refusals import TOKENS, check_features, check_modules, route
 from compat.hooks.stored_default import in_training
 from compat.stream.gradients import gradient_stream, trainable
-from compat.stream.rows import align_left
+from compat.stream.rows import align_left, require_tokens
 from compat.stream.training_size import Auto, check_training_size
 
 if TYPE_CHECKING:
@@ -112,10 +112,7 @@ def hook_transformer(original: Method) -> Method:
             return original(self, features, **kwargs)  # type: ignore[no-any-return]
         check_features(self, {**features, **kwargs})
         tokens, lengths = align_left(features["input_ids"], features.get("attention_mask"))
-        if (empty := (lengths == 0).nonzero()[:, 0]).numel():
-            raise ValueError(
-                f"Row {int(empty[0])} of attention_mask has no token: there is nothing to embed."
-            )
+        require_tokens(lengths)
         features[TOKENS] = gradient_stream(
             call.backbone, call.family, tokens, lengths, call.size, call.modules
         )

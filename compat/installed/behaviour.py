@@ -38,6 +38,15 @@ def shielded() -> Iterator[None]:
 
 
 @contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Let what is drawn in a `with` block, on the CPU and a device, change nothing drawn later."""
+    devices = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices, device_type=kind):
+        yield
+
+
+@contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch dropout off, and afterwards back on in the modules in which it was on."""
     training = [module for module in model.modules() if module.training]

@@ -29,11 +29,12 @@ from compat.errors import UnsupportedModelError, UnsupportedPipelineError
 from compat.families.base import Family
 from compat.families.gradients import require_gradients, require_no_checkpointing, run
 from compat.families.lookup import backbone_of
+from compat.installed.behaviour import same_random_numbers
 from compat.installed.recurrent_cache import require_support
 from compat.stream.chunk import Chunk
 from compat.stream.hidden_states import check_inputs
 from compat.stream.pooling import StreamingPooling, TokenStream
-from compat.stream.rows import Step, align_left, batches, steps, windows
+from compat.stream.rows import Step, align_left, batches, require_tokens, steps, windows
 from compat.stream.training_size import Auto, between, check_training_size, leanest
 
 Map = Callable[[Tensor], Tensor]
@@ -89,8 +90,7 @@ def pooled(
     size = check_training_size(vertical_chunk_size)
     check_inputs(input_ids, attention_mask)
     tokens, lengths = align_left(input_ids, attention_mask)
-    if (empty := (lengths == 0).nonzero()[:, 0]).numel():
-        raise ValueError(f"Row {int(empty[0])} has no token: there is nothing to embed.")
+    require_tokens(lengths)
     stream = gradient_stream(backbone, family, tokens, lengths, size)
     modes = (pooling_mode,) if isinstance(pooling_mode, str) else tuple(pooling_mode)
     return stream.pool(modes)
@@ -246,9 +246,7 @@ class _Reading:
 
     def _backward(self, gradient: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         totals: list[Tensor | None] = [None] * len(parameters)
-        devices, _ = get_device_states(self.text.input_ids)
-        kind = self.text.input_ids.device.type
-        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+        with same_random_numbers(self.text.input_ids.device):
             ends = [part.detach().requires_grad_() for part in self.pooling.accumulators]
             with torch.enable_grad():
                 result = self.pooling.resumed(ends).finalize()

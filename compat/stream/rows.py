@@ -88,6 +88,14 @@ def spans(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     return first, lengths
 
 
+def require_tokens(lengths: Tensor) -> None:
+    """Raise a ValueError where a row has no token, of (batch,) int64 numbers of them."""
+    if (empty := (lengths == 0).nonzero()[:, 0]).numel():
+        raise ValueError(
+            f"Row {int(empty[0])} of attention_mask has no token: there is nothing to embed."
+        )
+
+
 def align_left(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Move each row's tokens to the row's beginning.
 

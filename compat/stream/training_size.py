@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from compat.families.base import Family
 from compat.families.gradients import run
+from compat.installed.behaviour import same_random_numbers
 from compat.stream.rows import check_chunk_size
 
 Auto = Literal["auto"]
@@ -94,9 +95,7 @@ def costs(backbone: PreTrainedModel, family: Family) -> tuple[int, int]:
     key = way, sum(p.requires_grad for p in backbone.parameters())
     known = _costs.setdefault(backbone, {})
     if key not in known:
-        devices = [backbone.device] if kind != "cpu" else []
-        device_type = "cuda" if kind == "cpu" else kind
-        with torch.random.fork_rng(devices, device_type=device_type), torch.enable_grad():
+        with same_random_numbers(backbone.device), torch.enable_grad():
             (small, state), (large, _) = (
                 _saved(backbone, family, tokens) for tokens in (_SMALLEST, 2 * _SMALLEST)
             )

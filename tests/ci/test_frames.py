@@ -8,7 +8,7 @@ import pytest
 from ci import forks
 from ci.forks import __main__, _tree
 from tests.ci.test_forks import commit, make_sdist, pin
-from tests.ci.test_requests import PAGE, RELEASE
+from tests.ci.test_requests import PAGE, RELEASE, make_clone
 
 FRAME = """import unittest
 
@@ -72,19 +72,7 @@ def root(made, tmp_path):
 @pytest.fixture
 def clone(tmp_path):
     """Upstream's main in somebody's clone, with the file that the frame stands for."""
-    folder = tmp_path / "clone"
-    for path, text in (RELEASE | {PATH: UPSTREAM.encode()}).items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(text)
-    for command in (
-        "init -q -b main",
-        "config user.name Somebody",
-        "config user.email some@body.org",
-        "add --all",
-        "commit -q -m main",
-    ):
-        subprocess.run(["git", *command.split()], cwd=folder, check=True)
-    return folder
+    return make_clone(tmp_path / "clone", RELEASE | {PATH: UPSTREAM.encode()})
 
 
 def test_tests_at_the_same_place_are_each_alone(root):

@@ -344,9 +344,15 @@ def test_what_is_parked_has_a_reason(root, parked, series, said):
 @pytest.fixture
 def clone(tmp_path):
     """Upstream's main in somebody's clone: two lines more at the top of core.py."""
-    folder = tmp_path / "clone"
-    (folder / "tiny").mkdir(parents=True)
-    (folder / "tiny" / "core.py").write_bytes(b"# Of main.\n\n" + RELEASE["tiny/core.py"])
+    core = b"# Of main.\n\n" + RELEASE["tiny/core.py"]
+    return make_clone(tmp_path / "clone", {"tiny/core.py": core})
+
+
+def make_clone(folder, files):
+    """Make somebody's clone, whose main has the files."""
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(text)
     for command in (
         "init -q -b main",
         "config user.name Somebody",

@@ -41,19 +41,6 @@ from compat.jobs import fingerprint, journal, loading
 ROOT = Path(compat.__file__).parents[1]
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """Make the folder of a tiny Mamba2 embedder with one token for each character."""
-    folder = tmp_path_factory.mktemp("embedder")
-    embedder(save_checkpoint(folder / "checkpoint"), pooling="lasttoken").save(str(folder / "it"))
-    return str(folder / "it")
-
-
-@pytest.fixture(autouse=True)
-def _inside_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def run(*args, status=0):
     """Run the command in this process; raise any exception that it does not handle."""
     result = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})

@@ -21,11 +21,6 @@ PACK = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _inside_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def write(path, content=""):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(content.encode() if isinstance(content, str) else content)

@@ -25,20 +25,12 @@ from tests.jobs.test_command_line import (
     embed,
     interrupt,
     limited,
-    model,
     rows,
     run,
     write,
-)  # fmt: skip
-
-__all__ = ["model"]
+)
 
 pytestmark = pytest.mark.skipif(FORKS, reason="encode_spans is compat's own")
-
-
-@pytest.fixture(autouse=True)
-def _inside_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.embedders import embedder, save_checkpoint, text
+from support.embedders import text
 from typer.testing import CliRunner
 
 import compat
@@ -32,18 +32,6 @@ def _cluster():
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("embedder")
-    embedder(save_checkpoint(folder / "checkpoint"), pooling="lasttoken").save(str(folder / "it"))
-    return str(folder / "it")
-
-
-@pytest.fixture(autouse=True)
-def _inside_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def embed(source, model, **options):

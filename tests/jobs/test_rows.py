@@ -10,20 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sentence_transformers import SentenceTransformer
-from support.embedders import embedder, save_checkpoint, text
+from support.embedders import text
 from typer.testing import CliRunner
 
 import compat
 from compat.__main__ import app
 from compat.jobs import RowEmbedder
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("embedder")
-    embedder(save_checkpoint(folder / "checkpoint"), pooling="lasttoken").save(str(folder / "it"))
-    return str(folder / "it")
-
 
 ROOT = Path(compat.__file__).parents[1]
 LENGTHS = [20 + 31 * (i % 4) for i in range(11)]
@@ -41,11 +33,6 @@ def of_command(table, tmp_path, *options):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     return pq.read_table(tmp_path / "out.parquet")
-
-
-@pytest.fixture(autouse=True)
-def _inside_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -23,11 +23,6 @@ from compat.jobs.text_files import ChangedError, NotTextError, TextFile, scan
 from compat.stream.tokenizer import StreamingTokenizer
 
 
-@pytest.fixture(autouse=True)
-def _inside_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def write(name, content):
     Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(name)
