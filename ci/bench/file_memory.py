@@ -1,9 +1,10 @@
 """Memory of `python -m compat embed` over the size of a file: `python -m ci.bench.file_memory`.
 
-A file of 1, 10 and 100 MB, each one text, goes through the command in a process of its own, in
-chunks of 512 tokens: streamed, and with its token ids made of the whole text before, as the command
-did until it streamed. The peak is counted above the loaded model. Last comes the time of tokenizing
-alone, both ways. Writes a table and, into --output, a plot.
+Files of up to 100 MB, each one text, go through the command in processes of their own, in chunks of
+512 tokens: streamed, and with the token ids made of the whole text before, as the command did until
+it streamed. Beside it, `encode` reads the same file in one pass. The peak of the whole process is
+counted above the loaded model. Last comes the time of tokenizing alone, both ways. Writes a table
+and, into --output, a plot; with --readme, both go into the README.
 
 The goals: streamed, at most 60 MB, and the sizes within 10 MB of each other.
 """
@@ -13,29 +14,38 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import textwrap
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 from ci import corpus
+from ci.bench.__main__ import machine
 from ci.bench.measure import Measurement, free_bytes, measure
+from ci.tables import markers
 
 VERTICAL_CHUNK_SIZE = 512
-# What the whole text takes, in bytes for each of it (3.6 a token, 725 for each of these), and more.
-WHOLE = 300
+ONE_PASS, WHOLE, STREAMED = "released, one pass", "chunks, tokens made before", "chunks, streamed"
+# What a way takes, in bytes for each of the text, and more. Whole: 3.6 a token, 725 for each.
+NEEDED = {ONE_PASS: 12_000, WHOLE: 300, STREAMED: 0}
+COLORS = {ONE_PASS: "C3", WHOLE: "C1", STREAMED: "C0"}
 TOKENIZED = 4_000_000  # Characters of which the tokenizing alone is timed.
+PLOT = Path(__file__).parents[1] / "file-memory.png"
 
 
 @dataclass
 class Row:
-    """A size of file in characters, and what was measured of it; None where it was not."""
+    """A size of file in characters, and what was measured of it, by way; some were not run."""
 
     size: int
-    streamed: Measurement[int]
-    whole: Measurement[int] | None
+    found: dict[str, Measurement[int]]
 
 
 def load() -> Any:
@@ -56,11 +66,11 @@ def embed(path: Path, whole: bool, model: Any) -> int:
 
     from compat.hooks import streamed_texts
     from compat.jobs import embed as _embed
-    from compat.jobs import text_files
+    from compat.jobs import embedder, text_files
 
     if whole:
         streamed_texts.LONG = text_files.LONG = sys.maxsize
-    loaded = mock.patch.object(_embed, "load_model", return_value=model)
+    loaded = mock.patch.object(embedder, "load_model", return_value=model)
     with loaded, tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "out.parquet")
         problems = _embed.embed(
@@ -77,6 +87,13 @@ def embed(path: Path, whole: bool, model: Any) -> int:
         if problems:
             raise RuntimeError(f"{path} was not embedded.")
         return int(pq.read_table(output)["num_tokens"][0].as_py())
+
+
+def in_one_pass(path: Path, model: Any) -> int:
+    """Embed one file as the library does it without this project; returns the number of tokens."""
+    text = path.read_text(encoding="utf-8")
+    model.encode_document([text])
+    return len(model.tokenizer(text, verbose=False)["input_ids"])
 
 
 def tokenizing() -> tuple[float, float]:
@@ -96,26 +113,41 @@ def tokenizing() -> tuple[float, float]:
     return count / (middle - start), count / (end - middle)
 
 
-def measured(size: int, folder: Path, whole: bool) -> Row:
-    """Measure one size, whole where it is asked for and there is memory for it."""
+def measured(size: int, folder: Path, ways: Collection[str]) -> Row:
+    """Measure one size, in the ways for which there is memory."""
     path = folder / f"{size}.txt"
     path.write_text(corpus.text_of_length(size), encoding="utf-8")
-    streamed = measure(load, partial(embed, path, False))
-    room = whole and size * WHOLE < free_bytes() * 0.75
-    return Row(size, streamed, measure(load, partial(embed, path, True)) if room else None)
+    works = {
+        ONE_PASS: partial(in_one_pass, path),
+        WHOLE: partial(embed, path, True),
+        STREAMED: partial(embed, path, False),
+    }
+    room = [way for way in ways if size * NEEDED[way] < free_bytes() * 0.75]
+    return Row(size, {way: measure(load, works[way]) for way in room})
 
 
-def line(row: Row) -> str:
-    """The row of the table."""
-    tokens = row.streamed.result
-    text = f"{row.size / 1e6:8,.0f}{tokens:14,}"
-    for found in (row.whole, row.streamed):
-        if found is None:
-            text += f"{'not run':>20}"
-        else:
-            speed = tokens / found.seconds
-            text += f"{found.peak_bytes / 1e6:10,.0f}{speed:10,.0f}"
-    return text
+def cells(row: Row) -> list[str]:
+    """Return the row of the table."""
+    peaks = [
+        f"{row.found[way].peak_bytes / 1e6:,.0f} MB" if way in row.found else "not run"
+        for way in NEEDED
+    ]
+    return [f"{row.size / 1e6:,g} MB", f"{row.found[STREAMED].result:,}", *peaks]
+
+
+def section(rows: list[Row]) -> str:
+    """Write the section of the README."""
+    found = machine(torch.get_num_threads(), smoke=False)
+    about = (
+        "Peak memory of the process above that of the loaded model, by `python -m "
+        f"ci.bench.file_memory`, on {datetime.now(UTC):%Y-%m-%d}, {found['cores']} cores of "
+        f"{found['cpu']}, torch {found['torch']}, transformers {found['transformers']}, float32, "
+        f"chunks of {VERTICAL_CHUNK_SIZE}:"
+    )
+    head = ["one text file", "tokens", *NEEDED]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *map(cells, rows)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n\n".join([textwrap.fill(about, 100), table])
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -126,14 +158,12 @@ def plot(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    lines = {
-        "tokenized as a whole": ("C3", [(row.size, row.whole) for row in rows if row.whole]),
-        "streamed": ("C0", [(row.size, row.streamed) for row in rows]),
-    }
-    for label, (color, found) in lines.items():
-        points = [(size / 1e6, one.peak_bytes / 1e6) for size, one in found]
+    for way, color in COLORS.items():
+        points = [
+            (row.size / 1e6, row.found[way].peak_bytes / 1e6) for row in rows if way in row.found
+        ]
         if points:
-            axes.plot(*zip(*points, strict=True), color=color, marker="o", label=label)
+            axes.plot(*zip(*points, strict=True), color=color, marker="o", label=way)
         for x, y in points:
             axes.annotate(f"{y:,.0f}", (x, y), xytext=(4, 7), textcoords="offset points")
     axes.set_title("Memory of the whole process for one file, above that of the loaded model")
@@ -150,23 +180,27 @@ def plot(rows: list[Row], path: Path) -> None:
 def main() -> int:
     """Measure, and print the table as it grows; 1 where a goal is not reached."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[1, 10, 100], metavar="MB")
-    parser.add_argument("--streamed-only", action="store_true", help="leave the whole text out")
+    sizes = [0.1, 1, 10, 100]
+    parser.add_argument("--megabytes", type=float, nargs="+", default=sizes, metavar="MB")
+    parser.add_argument("--streamed-only", action="store_true", help="leave the other ways out")
+    parser.add_argument("--readme", action="store_true", help="write the README and its plot, too")
     parser.add_argument("--output", type=Path, default=Path("demo-out"), metavar="DIR")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    print(f"{'':22}{'as a whole':>20}{'streamed':>20}")
-    print(f"{'MB':>8}{'tokens':>14}" + f"{'peak MB':>10}{'tokens/s':>10}" * 2, flush=True)
+    ways = [STREAMED] if options.streamed_only else [*NEEDED]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for megabytes in options.megabytes:
-            row = measured(megabytes * 1_000_000, Path(folder), not options.streamed_only)
-            rows.append(row)
-            print(line(row), flush=True)
+            rows.append(measured(round(megabytes * 1e6), Path(folder), ways))
+            print(*cells(rows[-1]), sep="  ", flush=True)
     whole, streamed = tokenizing()
     print(f"tokenizing alone: {whole:,.0f} tokens/s as a whole, {streamed:,.0f} streamed")
     plot(rows, options.output / "file-memory.png")
-    peaks = [row.streamed.peak_bytes / 1e6 for row in rows]
+    print(f"\n{section(rows)}\n")
+    if options.readme:
+        plot(rows, PLOT)
+        markers.put("file-memory", section(rows), markers.README)
+    peaks = [row.found[STREAMED].peak_bytes / 1e6 for row in rows]
     reached = max(peaks) <= 60 and max(peaks) - min(peaks) <= 10
     print(
         f"largest {max(peaks):.0f} MB, at most 60; apart {max(peaks) - min(peaks):.0f}, at most 10"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
+README = _ROOT / "README.md"
 EVALUATION = _ROOT / "compat" / "default_model" / "README.md"
 BENCH = _ROOT / "ci" / "bench" / "RESULTS.md"
 MODELS = _ROOT / "compat" / "families" / "README.md"

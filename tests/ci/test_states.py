@@ -1,14 +1,18 @@
-"""The benchmark of carried states and their demo run, and compare what is the same."""
+"""The benchmarks of carried states and of files, and the demo of states run, and compare what is the same."""
+
+import sys
 
 import numpy as np
 import pytest
 
 import compat
 from ci import corpus, demo_states
-from ci.bench import states
+from ci.bench import file_memory, states
 from ci.bench.measure import Measurement
 from ci.tables import markers
 from compat.default_model import load_default_model
+from compat.hooks import streamed_texts
+from compat.jobs import text_files
 from compat.stream import shared_prefix
 
 
@@ -58,3 +62,20 @@ def test_the_demo_finds_passages_and_watches_a_log():
     assert [lines for lines, *_ in seen] == list(range(2, 21, 2))
     tokens = [count for _, count, _ in seen]
     assert tokens == sorted(tokens)
+
+
+def test_the_memory_of_a_file_is_measured_in_each_way_and_written(monkeypatch, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- file-memory -->\n<!-- /file-memory -->\nbehind\n")
+    monkeypatch.setattr(markers, "README", readme)
+    monkeypatch.setattr(file_memory, "PLOT", tmp_path / "plot.png")
+    monkeypatch.setattr(file_memory, "TOKENIZED", 50_000)
+    for module in (streamed_texts, text_files):
+        monkeypatch.setattr(module, "LONG", module.LONG)  # It is set in a process of its own.
+    monkeypatch.setattr(file_memory, "measure", here)
+    monkeypatch.setattr(
+        sys, "argv", ["file_memory", "--megabytes", "0.04", "--readme", "--output", f"{tmp_path}"]
+    )
+    assert file_memory.main() == 0
+    assert "| 0.04 MB | 10,0" in readme.read_text()
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
