@@ -25,7 +25,7 @@ FULL, BATCH = ", full pass", ", batch of 8"
 READERS = ("native", "torch", RELEASED)
 """What a model runs on: the ops of compat, on their kernels or in plain torch, or transformers."""
 
-_VOCABULARY = 256  # A larger one would cost memory and no time.
+VOCABULARY = 256  # A larger one would cost memory and no time.
 
 Read = Callable[[int], int]
 """Reads texts of which the longest has so many tokens; returns the tokens of all of them."""
@@ -108,24 +108,24 @@ def reader(contender: Contender, sizes: Sizes) -> Read:
     own = "gpt_neox" if name == TRANSFORMER else contender.model
     model = make_model(own, sizes, contender.dtype)
     ways: dict[str, Callable[[PreTrainedModel, int, int], int]] = {
-        FLOOR: _projections,
+        FLOOR: projections,
         NORMS: _norms,
         TRANSFORMER: _released_full,
         RELEASED: _released_in_chunks if own in ("mamba2", "xlstm") else _released_full,
     }
     rows = 8 if name.endswith(BATCH) else 1
-    ours = functools.partial(_ours, name.removesuffix(BATCH).removesuffix(FULL), rows)
+    reading = functools.partial(ours, name.removesuffix(BATCH).removesuffix(FULL), rows)
 
     def read(tokens: int) -> int:
         with torch.no_grad():
-            return ways.get(name, ours)(model, tokens, tokens if FULL in name else sizes.chunk)
+            return ways.get(name, reading)(model, tokens, tokens if FULL in name else sizes.chunk)
 
     return read
 
 
 @functools.cache
 def make_model(
-    model_type: str, sizes: Sizes, dtype: str, vocabulary: int = _VOCABULARY
+    model_type: str, sizes: Sizes, dtype: str, vocabulary: int = VOCABULARY
 ) -> PreTrainedModel:
     """Make a model with random weights, by default of the shape of the published one."""
     hidden, heads = sizes.hidden_size, sizes.hidden_size // 64
@@ -149,10 +149,10 @@ def make_model(
 
 def _ids(rows: int, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, _VOCABULARY, (rows, tokens), generator=generator)
+    return torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
 
 
-def _ours(backend: Any, rows: int, model: PreTrainedModel, tokens: int, size: int) -> int:
+def ours(backend: Any, rows: int, model: PreTrainedModel, tokens: int, size: int) -> int:
     """Read through compat's chunk loop; each row is half as long as the one before it."""
     lengths = torch.tensor([max(tokens >> row, 1) for row in range(rows)])
     mask = torch.arange(tokens) < lengths[:, None]
@@ -175,7 +175,7 @@ def _released_in_chunks(model: PreTrainedModel, tokens: int, size: int) -> int:
     return tokens
 
 
-def _projections(model: PreTrainedModel, tokens: int, size: int) -> int:
+def projections(model: PreTrainedModel, tokens: int, size: int) -> int:
     """Measure the floor: the products with the weights of all linear layers, and nothing else."""
     weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
     for start in range(0, tokens, size):

@@ -66,11 +66,11 @@ def embed(path: Path, whole: bool, model: Any) -> int:
 
     from compat.hooks import streamed_texts
     from compat.jobs import embed as _embed
-    from compat.jobs import embedder, text_files
+    from compat.jobs import text_files
 
     if whole:
         streamed_texts.LONG = text_files.LONG = sys.maxsize
-    loaded = mock.patch.object(embedder, "load_model", return_value=model)
+    loaded = mock.patch("compat.jobs.embedder.load_model", return_value=model)
     with loaded, tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "out.parquet")
         problems = _embed.embed(

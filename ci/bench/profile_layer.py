@@ -83,15 +83,15 @@ def parts(model: Mamba2Model, tokens: int) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def milliseconds(work: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Run the parts in turn, and return the median time of each."""
+def rounds(work: dict[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
+    """Run the parts in turn, once before they count, and return the seconds of each round."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds + 1):
+    for _ in range(count + 1):
         for name, part in work.items():
             start = time.perf_counter()
             part()
             seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(times[1:]) for name, times in seconds.items()}
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         model = Mamba2Model(config).eval().to(dtype)
         with torch.no_grad():
-            found = milliseconds(parts(model, given.tokens), given.rounds)
+            taken = rounds(parts(model, given.tokens), given.rounds)
+        found = {name: 1e3 * statistics.median(seconds) for name, seconds in taken.items()}
         floor = next(iter(found.values()))
         print(f"\n{given.tokens} tokens, {dtype}: milliseconds, and parts of the floor")
         for name, value in found.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ci.bench import __main__ as bench
-from ci.bench import contenders, plots
+from ci.bench import chunk_sizes, contenders, plots
 from ci.bench.contenders import (
     BATCH,
     FLOOR,
@@ -217,3 +217,32 @@ def test_the_results_get_the_section_between_their_markers(tmp_path, measured, m
     path.write_text("no markers")
     with pytest.raises(ValueError, match="needs the lines"):
         bench.main(options)
+
+
+def test_sizes_of_chunks_are_compared_in_every_shape(monkeypatch, tmp_path, capsys):
+    page = tmp_path / "RESULTS.md"
+    page.write_text("before\n<!-- chunk-sizes -->\n<!-- /chunk-sizes -->\nbehind\n")
+    monkeypatch.setattr(markers, "BENCH", page)
+    chunk_sizes.main(["--smoke", "--readme"])
+    text = page.read_text()
+    assert "**Smoke sizes" in text
+    assert text.count("| float32 |") == text.count("| bfloat16 |") == len(chunk_sizes.SHAPES)
+
+
+def test_a_size_that_misses_its_goal_is_bold():
+    found = {
+        "512": [2.2, 2.0],
+        "floor 512": [1.0, 1.0],
+        "1024": [2.0, 2.0],
+        "floor 1024": [1.0] * 2,
+    }
+    cells = chunk_sizes.row(
+        "7B", "float32", found | {"256": [3.0] * 2, "floor 256": [1.0] * 2}, 1024, (256, 512)
+    )
+    assert cells == ["7B", "float32", "2.00", "1.50 (1.00)", "1.05 (1.00)"]
+    found["floor 512"] = [1.5, 1.5]
+    cells = chunk_sizes.row("7B", "float32", found | {"512": [2.4] * 2}, 1024, (512,))
+    assert cells[3:] == ["1.20 (1.50)"]
+    found["floor 512"] = [1.1, 1.1]
+    cells = chunk_sizes.row("7B", "float32", found | {"512": [2.4] * 2}, 1024, (512,))
+    assert cells[3:] == ["**1.20** (1.10)"]

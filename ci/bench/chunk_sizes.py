@@ -1,0 +1,116 @@
+"""Time in chunks over one full pass, by shape and size: `python -m ci.bench.chunk_sizes`.
+
+Layers of Mamba2 of the shapes of 130M, 1.3B and 7B parameters, with random weights, read one text
+in chunks of 256 to 4,096 tokens, and at once. Beside each stands the floor of that size: the matrix
+products of its linear layers alone, on so many rows at a time, which are slower on few rows. All of
+a shape take turns; the ratios are medians of rounds. `--readme` writes RESULTS.md, too. The goal:
+from 512 tokens on, at most 1.05 times the full pass, or as much as the floor of that size is over
+the floor of the full pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import textwrap
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+
+import torch
+import transformers
+from transformers import Mamba2Config, Mamba2Model
+
+from ci.bench.__main__ import machine
+from ci.bench.contenders import VOCABULARY, ours, projections
+from ci.bench.profile_layer import rounds
+from ci.tables import markers
+
+# Layers, their width, and the groups of B and C; heads of 64, a state of 128.
+SHAPES = {"130M": (4, 768, 1), "1.3B": (2, 2048, 1), "7B": (1, 4096, 8)}
+SIZES = (256, 512, 1024, 2048, 4096)
+GOAL = 1.05
+
+Found = dict[str, list[float]]
+
+
+def model_of(shape: str, dtype: str, divided_by: int = 1) -> Mamba2Model:
+    """Make some layers of a shape, or of one that is so many times narrower."""
+    layers, width, groups = SHAPES[shape]
+    config = Mamba2Config(
+        vocab_size=VOCABULARY, hidden_size=width // divided_by, num_hidden_layers=layers,
+        num_heads=width // 32, head_dim=64 // divided_by, state_size=128 // divided_by,
+        n_groups=groups,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Mamba2Model(config).eval().to(getattr(torch, dtype))
+
+
+def times(model: Mamba2Model, tokens: int, sizes: Sequence[int], count: int) -> Found:
+    """Return the seconds of each round: of each size and of its floor, and of the full pass."""
+    work = {}
+    for size in (*sizes, tokens):
+        work[f"{size}"] = partial(ours, "native", 1, model, tokens, size)
+        work[f"floor {size}"] = partial(projections, model, tokens, size)
+    with torch.no_grad():
+        return rounds(work, count)
+
+
+def row(shape: str, dtype: str, found: Found, tokens: int, sizes: Sequence[int]) -> list[str]:
+    """Return a line of the table; a size that misses its goal is bold."""
+    floor, full = (statistics.median(found[name]) for name in (f"floor {tokens}", f"{tokens}"))
+    cells = [shape, dtype, f"{full / floor:.2f}"]
+    for size in sizes:
+        own, least = (
+            statistics.median(a / b for a, b in zip(found[name], found[whole], strict=True))
+            for name, whole in ((f"{size}", f"{tokens}"), (f"floor {size}", f"floor {tokens}"))
+        )
+        missed = size >= 512 and own > max(GOAL, least)
+        cells.append(f"{'**' if missed else ''}{own:.2f}{'**' if missed else ''} ({least:.2f})")
+    return cells
+
+
+def section(rows: Sequence[Sequence[str]], tokens: int, sizes: Sequence[int], smoke: bool) -> str:
+    """Write the section of RESULTS.md."""
+    found = machine(torch.get_num_threads(), smoke)
+    about = (
+        f"`python -m ci.bench.chunk_sizes`, on {datetime.now(UTC):%Y-%m-%d}, with "
+        f"{found['threads']} threads on {found['cores']} cores of {found['cpu']}, torch "
+        f"{found['torch']}, transformers {found['transformers']}: {tokens:,} tokens of Mamba2; 4, "
+        "2 and 1 layers of 768, 2,048 and 4,096. *Full*: a full pass over its matrix products. Of "
+        "each size: time in chunks over the full pass, and in brackets that of the matrix products "
+        "alone; what is above 1.05 and above those from 512 tokens on is bold."
+    )
+    head = ["shape", "dtype", "full", *(f"{size:,}" for size in sizes)]
+    lines = [head, ["---"] * len(head), *rows]
+    warning = ["**Smoke sizes: these numbers say nothing.**"] if smoke else []
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n\n".join([*warning, textwrap.fill(about, 100), table])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print the table as it grows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--readme", action="store_true", help="write ci/bench/RESULTS.md, too")
+    parser.add_argument("--smoke", action="store_true", help="narrow models, short texts, a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
+    options = parser.parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    scale = 16 if options.smoke else 1
+    tokens, sizes = 2 * SIZES[-1] // scale, [size // scale for size in SIZES]
+    rows = []
+    for shape in options.shapes:
+        for dtype in ("float32", "bfloat16"):
+            model = model_of(shape, dtype, scale)
+            found = times(model, tokens, sizes, 1 if options.smoke else options.rounds)
+            rows.append(row(shape, dtype, found, tokens, sizes))
+            print(*rows[-1], sep="  ", flush=True)
+    text = section(rows, tokens, sizes, options.smoke)
+    print(f"\n{text}")
+    if options.readme:
+        markers.put("chunk-sizes", text, markers.BENCH)
+
+
+if __name__ == "__main__":
+    main()
