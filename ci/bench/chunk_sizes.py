@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 
@@ -43,12 +43,13 @@ def model_of(shape: str, dtype: str, divided_by: int = 1) -> Mamba2Model:
         n_groups=groups,
     )  # fmt: skip
     torch.manual_seed(0)
-    return Mamba2Model(config).eval().to(getattr(torch, dtype))
+    model: Mamba2Model = Mamba2Model(config).eval().to(getattr(torch, dtype))
+    return model
 
 
 def times(model: Mamba2Model, tokens: int, sizes: Sequence[int], count: int) -> Found:
     """Return the seconds of each round: of each size and of its floor, and of the full pass."""
-    work = {}
+    work: dict[str, Callable[[], object]] = {}
     for size in (*sizes, tokens):
         work[f"{size}"] = partial(ours, "native", 1, model, tokens, size)
         work[f"floor {size}"] = partial(projections, model, tokens, size)

@@ -21,6 +21,7 @@ from compat.hooks import calls, modules, training
 from compat.hooks.own_chunks import KEYWORD, is_native
 from compat.hooks.stored_default import (
     get_default,
+    hook_encode,
     hook_get_model_config,
     hook_of_others,
     hook_parse_model_config,
@@ -43,13 +44,16 @@ def plan(held: Hold) -> list[Patch]:
         held: Holds the hooks for the length of a `with` block.
 
     Returns:
-        Nothing where the library is not installed or does it itself.
+        Nothing where the library is not installed; where it does it itself, the default that is
+        stored with a model, unless it has that too.
 
     Raises:
         UnsupportedVersionError: Something that a hook relies on is not there.
     """
-    if not installed() or is_native():
+    if not installed():
         return []
+    if is_native():
+        return _plan_default()
     try:
         from sentence_transformers import (
             CrossEncoder,
@@ -105,6 +109,24 @@ def plan(held: Hold) -> list[Patch]:
     ]
     for owner, factories in hooks.items():
         patches += [(owner, name, make(getattr(owner, name))) for name, make in factories.items()]
+    return patches
+
+
+def _plan_default() -> list[Patch]:
+    from sentence_transformers import SentenceTransformer
+
+    if hasattr(SentenceTransformer, KEYWORD):
+        return []
+    hooks: dict[str, Callable[[Any], Callable[..., Any]]] = {
+        "encode": hook_encode,
+        "_get_model_config": hook_get_model_config,
+        "_parse_model_config": hook_parse_model_config,
+    }
+    patches: list[Patch] = [(SentenceTransformer, KEYWORD, property(get_default, set_default))]
+    for name, make in hooks.items():
+        if not callable(method := getattr(SentenceTransformer, name, None)):
+            raise _unsupported(f"SentenceTransformer has no method {name}")
+        patches.append((SentenceTransformer, name, make(method)))
     return patches
 
 

@@ -134,11 +134,13 @@ def sentence_transformers_status(patched: bool) -> LibraryStatus:
     name = "sentence-transformers"
     if not encoder.installed():
         return LibraryStatus(name, None, "absent", "not installed")
+    if own_chunks.is_native():
+        reason = "this release has vertical_chunk_size itself"
+        added = "; a model's own default is compat's" if patched else ""
+        return library_status(name, "native", reason + added)
     if patched:
         reason = "encode takes vertical_chunk_size; Transformer and Pooling work on chunks"
         return library_status(name, "patched", reason)
-    if own_chunks.is_native():
-        return library_status(name, "native", "this release has vertical_chunk_size itself")
     reason = "hooks not installed: call compat.enable_vertical_chunking()"
     try:
         encoder.plan(nullcontext)

@@ -35,6 +35,18 @@ def set_default(model: SentenceTransformer, value: int | None) -> None:
     vars(model)[KEYWORD] = None if value is None else check_chunk_size(value)
 
 
+def hook_encode(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let an `encode` that takes the size itself be given the default."""
+
+    @functools.wraps(original)
+    def encode(self: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(KEYWORD) is None and (default := get_default(self)) is not None:
+            kwargs[KEYWORD] = default
+        return original(self, *args, **kwargs)
+
+    return encode
+
+
 def hook_get_model_config(original: Callable[..., Any]) -> Callable[..., Any]:
     """Let a model be saved with its default."""
 

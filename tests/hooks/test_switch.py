@@ -368,15 +368,32 @@ def test_a_refused_overwrite_does_not_stop_the_roll_back():
 # Nothing to hook.
 
 
-def test_a_library_that_has_the_argument_itself_is_native(monkeypatch):
+def test_a_library_that_has_the_argument_itself_is_native(monkeypatch, model, tmp_path):
+    sizes = []
+    original = Transformer.forward
+
     def forward(self, features, vertical_chunk_size=None, **kwargs):
-        raise NotImplementedError
+        sizes.append(vertical_chunk_size)
+        return original(self, features, **kwargs)
 
     monkeypatch.setattr(Transformer, "forward", forward)
-    with untouched(), compat.vertical_chunking() as report, untouched():
+    monkeypatch.setattr(
+        Transformer, "forward_kwargs", {*Transformer.forward_kwargs, "vertical_chunk_size"}
+    )
+    released = SentenceTransformer.encode
+    with compat.vertical_chunking() as report:
         assert states(report)["sentence-transformers"] == "native"
         assert reason(report, "sentence-transformers")
         assert compat.status() == report
+        # But for the default that is stored with a model, compat leaves such a library alone.
+        assert Transformer.forward is forward
+        model.vertical_chunk_size = 8
+        model.save(str(tmp_path), create_model_card=False)
+        for each in (model, SentenceTransformer(str(tmp_path), device="cpu")):
+            each.encode("a text")
+            each.encode_query("a text", vertical_chunk_size=4)
+    assert sizes == [8, 4, 8, 4]
+    assert SentenceTransformer.encode is released
 
 
 def test_without_sentence_transformers_plain_models_still_work(monkeypatch, model):
