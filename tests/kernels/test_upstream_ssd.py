@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 if reason := interpreter.unavailable():
     pytest.skip(reason, allow_module_level=True)
 
+UPSTREAM = forks.patched("mamba-ssm") / "tests"
 DEVICE = (r'"cuda"', '"cpu"')
 # By file, pairs of its text and the replacement. Each must be found, or the file is not what is
 # expected.
@@ -98,7 +99,7 @@ LEFT_OUT = "test_default_mode_is_not_reproducible"
 
 def _module(source, file):
     """Return a test module, in which imports from mamba_ssm are what `_package` sets later."""
-    path = forks.patched("mamba-ssm") / "tests" / file
+    path = UPSTREAM / file
     text = path.read_text()
     for pattern, replacement in CHANGES[file]:
         text, count = re.subn(pattern, replacement, text)
@@ -150,7 +151,7 @@ def _package(request, loaded):
 for _source in ("patched",) if "FORKS_TREE" in os.environ else ("stock", "patched"):
     for _file in CHANGES:
         # A request by itself brings one of these files.
-        if not (forks.patched("mamba-ssm") / "tests" / _file).exists():
+        if not (UPSTREAM / _file).exists():
             continue
         _upstream = _module(_source, _file)
         for _name, _test in list(vars(_upstream).items()):
