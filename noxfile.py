@@ -165,3 +165,5 @@ def bench(session):
     """Measure time and memory beside released transformers and a transformer; not a test."""
     install(session, "demo")
     session.run("python", "-m", "ci.bench", *session.posargs, env=OFFLINE)
+    if {*session.posargs} <= {"--readme", "--smoke"}:
+        session.run("python", "-m", "ci.bench.chunk_sizes", *session.posargs, env=OFFLINE)

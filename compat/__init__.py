@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         status,
         vertical_chunking,
     )
+    from compat.stream.chunk_size import fastest_chunk_size
     from compat.stream.gradients import pooled
     from compat.stream.hidden_states import iter_chunks, last_hidden_state
     from compat.stream.spans import spans_by_tokens
@@ -57,6 +58,7 @@ __all__ = [
     "disable_vertical_chunking",
     "enable_vertical_chunking",
     "encode_spans",
+    "fastest_chunk_size",
     "iter_chunks",
     "last_hidden_state",
     "load_default_model",
@@ -69,6 +71,7 @@ __all__ = [
 
 _HOMES = {
     "default_model": ["load_default_model"],
+    "stream.chunk_size": ["fastest_chunk_size"],
     "stream.gradients": ["pooled"],
     "stream.hidden_states": ["iter_chunks", "last_hidden_state"],
     "errors": [

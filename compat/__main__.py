@@ -9,7 +9,7 @@ from enum import StrEnum
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from compat.errors import VerticalChunkingError
 
@@ -131,14 +131,13 @@ def embed(
         ),
     ] = None,
     vertical_chunk_size: Annotated[
-        int,
+        str,
         typer.Option(
-            min=1,
-            metavar="TOKENS",
-            help="Tokens of each text that go through the model at a time. The size affects the "
-            "memory, not the numbers.",
+            metavar="TOKENS|auto",
+            help="Tokens of each text that go through the model at a time; auto for the fastest "
+            "size. It affects the memory, not the numbers.",
         ),
-    ] = 512,
+    ] = "512",
     batch_size: Annotated[
         int,
         typer.Option(min=1, metavar="N", help="Documents that are embedded at the same time."),
@@ -261,6 +260,7 @@ def embed(
     if engine is not Engine.ray and (address is not None or workers is not None):
         raise typer.BadParameter("--address and --workers are for --engine ray.")
     every = None if spans is None else _every(spans)
+    size = _size(vertical_chunk_size)
     try:
         if find_spec("pyarrow") is None:
             raise VerticalChunkingError("no pyarrow", "pyarrow, for Parquet", _EXTRA)
@@ -272,7 +272,7 @@ def embed(
             inputs,
             output,
             model=model,
-            vertical_chunk_size=vertical_chunk_size,
+            vertical_chunk_size=size,
             batch_size=batch_size,
             dtype=dtype.value,
             device=device,
@@ -294,6 +294,18 @@ def embed(
     if problems:
         typer.echo(f"Not embedded: {problems}, named above.", err=True)
         raise typer.Exit(1)
+
+
+def _size(given: str) -> Literal["auto"] | int:
+    """Read --vertical-chunk-size."""
+    if given == "auto":
+        return "auto"
+    if re.fullmatch(r"0*[1-9]\d*", given) is None:
+        raise typer.BadParameter(
+            f"{given!r} is neither a number of at least 1 nor auto.",
+            param_hint="--vertical-chunk-size",
+        )
+    return int(given)
 
 
 def _on_ray(address: str | None, workers: int | None) -> Callable[..., int]:

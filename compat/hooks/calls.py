@@ -21,10 +21,11 @@ from compat.hooks.own_chunks import KEYWORD, for_preprocess, reads_by_itself
 from compat.hooks.refusals import check_inputs, check_modules, check_tokens
 from compat.hooks.run import Run, inferring, running, setting
 from compat.hooks.size import Share, Size, encoding
-from compat.hooks.stored_default import get_default, in_training, warn_of_whole_texts
+from compat.hooks.stored_default import in_training, settled_default, warn_of_whole_texts
 from compat.hooks.streamed_texts import check_picklable, size_of, whole
 from compat.hooks.streamed_texts import preprocess as preprocess_streamed
-from compat.stream.rows import check_chunk_size, require_tokens
+from compat.stream.chunk_size import settled
+from compat.stream.rows import require_tokens
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -39,7 +40,7 @@ def hook_encode(held: Hold, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def encode(self: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
         size = kwargs.get(KEYWORD)
-        size = get_default(self) if size is None else size
+        size = settled_default(self) if size is None else size
         if size is None and KEYWORD not in kwargs:
             return original(self, *args, **kwargs)
         task = kwargs.get("task")
@@ -49,7 +50,7 @@ def hook_encode(held: Hold, original: Callable[..., Any]) -> Callable[..., Any]:
         if size is None:
             del kwargs[KEYWORD]
             return original(self, *args, **kwargs)
-        kwargs[KEYWORD] = Size(check_chunk_size(size))
+        kwargs[KEYWORD] = Size(settled(size, self.device))
         # Another thread may take the hooks out while this call runs, or before it has begun.
         with held(), setting(encoding, True), told_once(self, task):
             return original(self, *args, **kwargs)
@@ -57,7 +58,7 @@ def hook_encode(held: Hold, original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
     parameters = list(signature.parameters.values())
     added = inspect.Parameter(
-        KEYWORD, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | None"
+        KEYWORD, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="int | str | None"
     )
     encode.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*parameters[:-1], added, parameters[-1]]
@@ -67,10 +68,11 @@ def hook_encode(held: Hold, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _ENCODE_DOC = """
-        vertical_chunk_size (int, optional): Added by compat. Read each text in chunks of this many
-            tokens, each through all layers, with the recurrent state carried on; the embedding is
-            that of the whole text, in memory that does not depend on its length. What all texts of
-            a batch begin with, such as a prompt, is read once where that is faster. Defaults to the
+        vertical_chunk_size (int or "auto", optional): Added by compat. Read each text in chunks of
+            this many tokens, or of as many as are fastest on the device, each through all layers,
+            with the recurrent state carried on; the embedding is that of the whole text, in memory
+            that does not depend on its length. What all texts of a batch begin with, such as a
+            prompt, is read once where that is faster. Defaults to the
             model's own `vertical_chunk_size`. With `output_value="token_embeddings"` or None the
             result holds every token's embedding, so it grows with the text whatever the chunks.
 """
@@ -169,7 +171,7 @@ def hook_forward(held: Hold, original: Callable[..., Any]) -> Callable[..., Any]
             held(),
             progress.opened(0, show=False) as bar,
             setting(inferring, True),
-            setting(running, Run(check_chunk_size(size), True, bar)),
+            setting(running, Run(settled(size, self.device), True, bar)),
         ):
             return original(self, *args, **kwargs)
 

@@ -19,10 +19,11 @@ from compat.hooks.cut_texts import Cuts
 from compat.hooks.pipeline import Pipeline
 from compat.hooks.refusals import without_token
 from compat.stream.chunk import Chunk
+from compat.stream.chunk_size import settled
 from compat.stream.growing_text import GrowingText
 from compat.stream.pooling import StreamingPooling
 from compat.stream.reading import Reading
-from compat.stream.rows import check_chunk_size
+from compat.stream.rows import Auto
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -50,7 +51,7 @@ class Reader:
 
     Args:
         model: A SentenceTransformer of a supported family. It must not change meanwhile.
-        vertical_chunk_size: Tokens in a chunk.
+        vertical_chunk_size: Tokens in a chunk; "auto" for the fastest size.
         prompt: What stands before the text; None for the model's default prompt. To read a prompt
             once for many texts, make a reader of it, and a `fork()` for each text.
 
@@ -62,10 +63,13 @@ class Reader:
     """
 
     def __init__(
-        self, model: SentenceTransformer, vertical_chunk_size: int = 512, prompt: str | None = None
+        self,
+        model: SentenceTransformer,
+        vertical_chunk_size: int | Auto = 512,
+        prompt: str | None = None,
     ) -> None:
-        self._size = max(check_chunk_size(vertical_chunk_size), 2)
         self._pipeline = pipeline = Pipeline(model, prompt)
+        self._size = max(settled(vertical_chunk_size, model.device), 2)
         self._lock = threading.RLock()
         self._broken = False
         self._text = GrowingText(pipeline.tokenizer)

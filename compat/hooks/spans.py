@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compat.hooks.pipeline import Pipeline
-from compat.stream.rows import check_chunk_size
+from compat.stream.chunk_size import settled
+from compat.stream.rows import Auto
 from compat.stream.spans import Span, SpanPooling, pieces_of, spans_of
 from compat.stream.text import TextStream
 
@@ -23,7 +24,7 @@ def encode_spans(
     text: str | TextStream,
     spans: Iterable[Any],
     *,
-    vertical_chunk_size: int,
+    vertical_chunk_size: int | Auto,
     prompt: str | None = None,
     task: str | None = None,
 ) -> NDArray[Any]:
@@ -51,7 +52,7 @@ def encode_spans(
         spans: Pairs (start, end) of characters, overlapping or not, in any order. Documents of
             LangChain from a splitter with `add_start_index=True`, and nodes of LlamaIndex, are
             taken as they are.
-        vertical_chunk_size: Tokens in a chunk.
+        vertical_chunk_size: Tokens in a chunk; "auto" for the fastest size.
         prompt: What stands before the text; None for the model's default prompt.
         task: "query" or "document", by which a Router chooses the modules; None for its default.
 
@@ -65,11 +66,11 @@ def encode_spans(
             text.
         VerticalChunkingError: The model cannot be read in chunks.
     """
-    size = max(check_chunk_size(vertical_chunk_size), 2)
     wanted, text_pieces = spans_of(spans), pieces_of(text)
     if isinstance(text, str):
         _check_ends(wanted, range(len(wanted)), len(text))
     pipeline = Pipeline(model, prompt, task)
+    size = max(settled(vertical_chunk_size, model.device), 2)
     if not wanted:
         return np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
     pooling, chars = SpanPooling(wanted, pipeline.modes), 0

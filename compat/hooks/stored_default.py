@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from compat.hooks.own_chunks import KEYWORD
-from compat.stream.rows import check_chunk_size
+from compat.stream.chunk_size import settled
+from compat.stream.rows import Auto, check_size_or_auto
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -21,18 +22,24 @@ if TYPE_CHECKING:
 _told: WeakSet[Any] = WeakSet()
 
 
-def get_default(model: SentenceTransformer) -> int | None:
+def get_default(model: SentenceTransformer) -> int | Auto | None:
     """Return the tokens in a vertical chunk that `encode` uses where it is given none.
 
-    None stands for reading whole texts.
+    None stands for reading whole texts, "auto" for the fastest size.
     """
-    default: int | None = vars(model).get(KEYWORD)
+    default: int | Auto | None = vars(model).get(KEYWORD)
     return default
 
 
-def set_default(model: SentenceTransformer, value: int | None) -> None:
+def set_default(model: SentenceTransformer, value: int | Auto | None) -> None:
     """Set the default if it is a valid size; None removes it."""
-    vars(model)[KEYWORD] = None if value is None else check_chunk_size(value)
+    vars(model)[KEYWORD] = None if value is None else check_size_or_auto(value)
+
+
+def settled_default(model: SentenceTransformer) -> int | None:
+    """Return the default as a number; None where there is none."""
+    default = get_default(model)
+    return None if default is None else settled(default, model.device)
 
 
 def hook_encode(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,7 +47,7 @@ def hook_encode(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def encode(self: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get(KEYWORD) is None and (default := get_default(self)) is not None:
+        if kwargs.get(KEYWORD) is None and (default := settled_default(self)) is not None:
             kwargs[KEYWORD] = default
         return original(self, *args, **kwargs)
 
@@ -100,7 +107,7 @@ def warn_of_whole_texts(model: SentenceTransformer, features: Any) -> None:
 
     No warning is due where a gradient is to come, or where all texts fit into one chunk.
     """
-    default, ids = get_default(model), features.get("input_ids")
+    default, ids = settled_default(model), features.get("input_ids")
     if default is None or in_training(model) or model in _told or ids is None:
         return
     if (longest := ids.shape[-1]) > default:

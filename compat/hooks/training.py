@@ -23,8 +23,7 @@ from compat.hooks.own_chunks import KEYWORD
 from compat.hooks.refusals import TOKENS, check_features, check_modules, route
 from compat.hooks.stored_default import in_training
 from compat.stream.gradients import gradient_stream, trainable
-from compat.stream.rows import align_left, require_tokens
-from compat.stream.training_size import Auto, check_training_size
+from compat.stream.rows import Auto, align_left, check_size_or_auto, require_tokens
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -63,7 +62,7 @@ def _get(model: SentenceTransformer) -> int | Auto | None:
 
 def _set(model: SentenceTransformer, value: int | Auto | None) -> None:
     """Set the size if it is a valid one; None stands for the released way."""
-    vars(model)[NAME] = None if value is None else check_training_size(value, NAME)
+    vars(model)[NAME] = None if value is None else check_size_or_auto(value, NAME)
 
 
 size_property = property(_get, _set)

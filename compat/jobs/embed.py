@@ -21,6 +21,7 @@ from compat.jobs.documents import Document, Known, Note, Problem, read_documents
 from compat.jobs.embedder import DocumentEmbedder, take_granted_cpus
 from compat.jobs.journal import append, drop_torn_batch, finished, locked, merge
 from compat.jobs.loading import label
+from compat.stream.rows import Auto
 
 
 def embed(
@@ -28,7 +29,7 @@ def embed(
     output: Path,
     *,
     model: str | None,
-    vertical_chunk_size: int,
+    vertical_chunk_size: int | Auto,
     batch_size: int,
     dtype: str,
     device: str | None,

@@ -24,6 +24,7 @@ from compat.jobs.limits import Limit
 from compat.jobs.loading import in_short, is_of_memory, load_model
 from compat.jobs.passages import Every, embed_passages
 from compat.jobs.text_files import ChangedError
+from compat.stream.rows import Auto
 from compat.stream.spans import NoTokenInSpanError
 from compat.stream.token_ids import TokenIds
 
@@ -36,7 +37,8 @@ class DocumentEmbedder:
 
     Args:
         model: The folder of a SentenceTransformer; None for the default model.
-        vertical_chunk_size: Tokens of each text that go through the model at a time.
+        vertical_chunk_size: Tokens of each text that go through the model at a time; "auto" for the
+            fastest size.
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: Where to compute; None for a GPU if there is one.
         max_seq_length: The most tokens of a text; None for the limit in the model's files.
@@ -58,7 +60,7 @@ class DocumentEmbedder:
     def __init__(
         self,
         model: str | None,
-        vertical_chunk_size: int,
+        vertical_chunk_size: int | Auto,
         dtype: str = "auto",
         device: str | None = None,
         *,
@@ -151,7 +153,10 @@ def _what_failed(error: Exception) -> str:
 
 
 def _embed_texts(
-    model: SentenceTransformer, batch: Sequence[Document], vertical_chunk_size: int, limit: Limit
+    model: SentenceTransformer,
+    batch: Sequence[Document],
+    vertical_chunk_size: int | Auto,
+    limit: Limit,
 ) -> Iterator[Made]:
     todo: list[tuple[Document, int | None]] = []
     streamed: dict[int, TokenIds] = {}

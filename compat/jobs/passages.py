@@ -13,6 +13,7 @@ from compat.hooks.spans import encode_spans, find_cut
 from compat.jobs.documents import NO_TOKEN, NOT_FINITE, Document, Problem
 from compat.jobs.journal import PassageRow
 from compat.jobs.limits import Limit
+from compat.stream.rows import Auto
 from compat.stream.spans import Span, spans_by_tokens
 from compat.stream.text import TextStream
 
@@ -32,7 +33,7 @@ class Every(NamedTuple):
 def embed_passages(
     model: SentenceTransformer,
     doc: Document,
-    vertical_chunk_size: int,
+    vertical_chunk_size: int | Auto,
     limit: Limit,
     every: Every | None,
 ) -> Iterator[PassageRow | Problem]:
@@ -70,7 +71,7 @@ def _rows(
     model: SentenceTransformer,
     doc: Document,
     spans: list[Span],
-    vertical_chunk_size: int,
+    vertical_chunk_size: int | Auto,
     limit: Limit,
 ) -> Iterator[PassageRow | Problem]:
     with progress.opened(0, show=False) as bar:

@@ -36,6 +36,7 @@ from compat.jobs.parts import (
     write_part,
 )
 from compat.jobs.rows import id_of
+from compat.stream.rows import Auto
 from compat.stream.text import TextStream
 
 Item = Document | Problem | Note
@@ -56,7 +57,7 @@ def embed(
     output: str | Path,
     *,
     model: str | None = None,
-    vertical_chunk_size: int = 512,
+    vertical_chunk_size: int | Auto = 512,
     batch_size: int = 8,
     dtype: str = "auto",
     device: str | None = None,

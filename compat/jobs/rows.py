@@ -12,6 +12,7 @@ from compat.errors import VerticalChunkingError
 from compat.jobs.documents import Columns, Document, Problem, read_rows
 from compat.jobs.embedder import DocumentEmbedder
 from compat.jobs.journal import PassageRow, Row
+from compat.stream.rows import Auto
 
 
 class RowEmbedder:
@@ -26,7 +27,8 @@ class RowEmbedder:
 
     Args:
         model: The folder of a SentenceTransformer; None for the default model.
-        vertical_chunk_size: Tokens of each text that go through the model at a time.
+        vertical_chunk_size: Tokens of each text that go through the model at a time; "auto" for the
+            fastest size.
         batch_size: Rows that are embedded at the same time.
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: Where to compute; None for a GPU if there is one.
@@ -48,7 +50,7 @@ class RowEmbedder:
     def __init__(
         self,
         model: str | None = None,
-        vertical_chunk_size: int = 512,
+        vertical_chunk_size: int | Auto = 512,
         batch_size: int = 8,
         dtype: str = "auto",
         device: str | None = None,

@@ -5,6 +5,7 @@ Other rooms use the modules of `__all__`; the others are the room's own.
 
 __all__ = [
     "chunk",
+    "chunk_size",
     "gradients",
     "growing_text",
     "hidden_states",

@@ -34,8 +34,17 @@ from compat.installed.recurrent_cache import require_support
 from compat.stream.chunk import Chunk
 from compat.stream.hidden_states import check_inputs
 from compat.stream.pooling import StreamingPooling, TokenStream
-from compat.stream.rows import Step, align_left, batches, require_tokens, steps, windows
-from compat.stream.training_size import Auto, between, check_training_size, leanest
+from compat.stream.rows import (
+    Auto,
+    Step,
+    align_left,
+    batches,
+    check_size_or_auto,
+    require_tokens,
+    steps,
+    windows,
+)
+from compat.stream.training_size import between, leanest
 
 Map = Callable[[Tensor], Tensor]
 """A function of single tokens, (batch, chunk, dim) to (batch, chunk, another dim)."""
@@ -87,7 +96,7 @@ def pooled(
             row has no token, or padding stands between tokens.
     """
     backbone, family = trainable(model)
-    size = check_training_size(vertical_chunk_size)
+    size = check_size_or_auto(vertical_chunk_size)
     check_inputs(input_ids, attention_mask)
     tokens, lengths = align_left(input_ids, attention_mask)
     require_tokens(lengths)

@@ -12,9 +12,10 @@ from compat.families.base import Family
 from compat.families.lookup import backbone_of
 from compat.installed.recurrent_cache import require_support
 from compat.stream.chunk import Chunk
+from compat.stream.chunk_size import settled
 from compat.stream.loop import run_together, stream
 from compat.stream.pooling import StreamingPooling
-from compat.stream.rows import Window, align_left, batches, check_chunk_size, spans, windows
+from compat.stream.rows import Auto, Window, align_left, batches, spans, windows
 
 
 def check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -35,7 +36,7 @@ def iter_chunks(
     *,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    vertical_chunk_size: int,
+    vertical_chunk_size: int | Auto,
 ) -> Iterator[tuple[int, Tensor]]:
     """Read a batch in vertical chunks; the memory does not depend on the length of the text.
 
@@ -48,8 +49,8 @@ def iter_chunks(
         input_ids: (batch, seqlen) int64, on the model's device.
         attention_mask: (batch, seqlen), 1 at tokens, 0 at padding, which may stand on the left and
             on the right; None where there is no padding.
-        vertical_chunk_size: Tokens in a chunk. No chunk is a single token: size 1 is run as
-            2, and a last chunk of one token joins the one before it.
+        vertical_chunk_size: Tokens in a chunk; "auto" for the fastest size. No chunk is a single
+            token: size 1 is run as 2, and a last chunk of one token joins the one before it.
 
     Yields:
         `(start, last_hidden_state)`, with `last_hidden_state[:, j]` (batch, chunk, hidden_size)
@@ -57,7 +58,7 @@ def iter_chunks(
 
     Raises:
         UnsupportedModelError: The model cannot be continued exactly from a state.
-        TypeError: vertical_chunk_size is not an int.
+        TypeError: vertical_chunk_size is neither an int nor "auto".
         ValueError: vertical_chunk_size is less than 1, the shapes do not fit, there is no token, or
             padding stands between tokens.
 
@@ -68,7 +69,7 @@ def iter_chunks(
     """
     backbone, family = backbone_of(model)
     require_support()
-    size = check_chunk_size(vertical_chunk_size)
+    size = settled(vertical_chunk_size, backbone.device)
     check_inputs(input_ids, attention_mask)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -126,7 +127,7 @@ def last_hidden_state(
     *,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    vertical_chunk_size: int,
+    vertical_chunk_size: int | Auto,
 ) -> Tensor:
     """The hidden state of each row's last token that is not padding, (batch, hidden_size).
 
@@ -134,7 +135,7 @@ def last_hidden_state(
     """
     backbone, family = backbone_of(model)
     require_support()
-    size = check_chunk_size(vertical_chunk_size)
+    size = settled(vertical_chunk_size, backbone.device)
     check_inputs(input_ids, attention_mask)
     tokens, lengths = align_left(input_ids, attention_mask)
     if (empty := (lengths == 0).nonzero()[:, 0]).numel():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Window = tuple[int, int]
+Auto = Literal["auto"]
 
 
 # What a run through all layers costs beside its tokens, in tokens: reading the weights, mostly.
@@ -51,6 +52,20 @@ def check_chunk_size(size: object, name: str = "vertical_chunk_size") -> int:
             f"{name} must be at least 1, the number of tokens in a chunk; found {size}."
         )
     return int(size)
+
+
+def check_size_or_auto(size: object, name: str = "vertical_chunk_size") -> int | Auto:
+    """Return a size of chunks if it is a positive int or "auto"; errors call it by `name`.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: It is less than 1, or another str.
+    """
+    if isinstance(size, str):
+        if size != "auto":
+            raise ValueError(f'{name} must be a number of tokens or "auto"; found {size!r}.')
+        return "auto"
+    return check_chunk_size(size, name)
 
 
 def windows(seqlen: int, vertical_chunk_size: int) -> list[Window]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,29 +19,12 @@ from transformers import PreTrainedModel
 from compat.families.base import Family
 from compat.families.gradients import run
 from compat.installed.behaviour import same_random_numbers
-from compat.stream.rows import check_chunk_size
-
-Auto = Literal["auto"]
 
 # Up to as many chunks, the border of each is kept.
 BORDERS = 64
 
 _SMALLEST = 256
 _costs: WeakKeyDictionary[PreTrainedModel, dict[object, tuple[int, int]]] = WeakKeyDictionary()
-
-
-def check_training_size(size: object, name: str = "vertical_chunk_size") -> int | Auto:
-    """Return a size of chunks if it is a positive int or "auto"; errors call it by `name`.
-
-    Raises:
-        TypeError: It is neither.
-        ValueError: It is less than 1, or another str.
-    """
-    if isinstance(size, str):
-        if size != "auto":
-            raise ValueError(f'{name} must be a number of tokens or "auto"; found {size!r}.')
-        return "auto"
-    return check_chunk_size(size, name)
 
 
 def between(chunks: int) -> int:

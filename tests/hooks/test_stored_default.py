@@ -123,7 +123,7 @@ def test_one_models_default_is_not_anothers(model, mamba2_checkpoint):
 def test_a_broken_default_set_without_hooks_is_refused_when_it_is_used(model):
     model.vertical_chunk_size = "8"
     compat.enable_vertical_chunking()
-    with pytest.raises(TypeError, match="'8'"):
+    with pytest.raises(ValueError, match="'8'"):
         model.encode(TEXTS)
 
 
