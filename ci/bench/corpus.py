@@ -1,13 +1,16 @@
-"""Measure what a folder of parts costs: `python -m ci.bench.corpus rows` or, with ray, `book`."""
+"""Measure what a corpus costs: `python -m ci.bench.corpus rows`; with ray, `book`, `throughput`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +76,60 @@ def book(folder: Path) -> None:
             )
 
 
+def throughput(folder: Path) -> None:
+    """Embed notes by the command and on Ray, some and more, of which the start-up is told apart."""
+    import ray
+    import torch
+
+    from ci import corpus
+    from compat.jobs import embed as command
+    from compat.jobs import ray as cluster
+
+    length, few, many = 1000, 1000, 3000
+    text = corpus.text_of_length(length * many)
+    notes = [text[start : start + length] for start in range(0, len(text), length)]
+    sources = {count: folder / f"{count}.jsonl" for count in (few, many)}
+    for count, source in sources.items():
+        source.write_text("\n".join(json.dumps({"text": note}) for note in notes[:count]))
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    options: dict[str, Any] = {
+        "model": None, "vertical_chunk_size": 512, "batch_size": 8, "dtype": "auto",
+        "device": "cpu", "text_column": "text", "id_column": None,
+    }  # fmt: skip
+
+    def by_command(threads: int, source: Path, output: Path) -> None:
+        torch.set_num_threads(threads)
+        command.embed([source], output, **options)
+
+    def on_ray(workers: int, source: Path, output: Path) -> None:
+        cluster.embed(source, output, workers=workers, block_rows=250, **options)
+
+    ways = {
+        "the command, 1 thread": partial(by_command, 1),
+        "Ray, 1 actor of 1 thread": partial(on_ray, 1),
+        "the command, 2 threads": partial(by_command, 2),
+        "Ray, 2 actors of 1 thread": partial(on_ray, 2),
+    }
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for turn in range(3):
+        for name, run in ways.items():
+            taken = []
+            for count, source in sources.items():
+                start = time.perf_counter()
+                run(source, folder / f"{name} {count} {turn}")
+                taken.append(time.perf_counter() - start)
+            seconds[name].append((taken[0], taken[1]))
+    base: dict[int, float] = {}
+    for place, (name, rounds) in enumerate(seconds.items()):
+        row = statistics.median((long - short) / (many - few) for short, long in rounds)
+        begin = statistics.median(short for short, _ in rounds) - few * row
+        own = base.setdefault(place // 2, row)
+        print(
+            f"{name}: {1 / row:.0f} notes/s after {begin:.1f} s; {own / row:.2f} times the "
+            f"command, {1e3 * (row - own):+.2f} ms a row"
+        )
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        {"rows": rows, "book": book}[sys.argv[1]](Path(name))
+        {"rows": rows, "book": book, "throughput": throughput}[sys.argv[1]](Path(name))
