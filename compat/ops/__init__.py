@@ -8,6 +8,7 @@ __all__ = [
     "Backend",
     "backend",
     "compiled",
+    "delta",
     "describe",
     "mamba1",
     "mamba2",
