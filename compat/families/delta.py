@@ -3,7 +3,9 @@
 On a CPU the released mixers call a function in torch, in the place of a kernel of
 flash-linear-attention. Where no gradient is recorded, `compat.ops.delta` takes its place in a
 chunk, and in a pass without a cache, if it gives the same results as the released function on tiny
-inputs. A single token that goes on from a state, and `generate`, run on the released code.
+inputs. So does `compat.ops.convolution` in a chunk, where it is native: it lays the channels of a
+token together, as the rule reads them. A single token that goes on from a state, and `generate`,
+run on the released code.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from compat.families.in_chunk import in_chunk, is_differentiable, is_in_chunk, r
 from compat.installed.behaviour import Draw, compare, verdict
 from compat.installed.patches import Held, Patch, arguments, released, wraps
 from compat.installed.recurrent_cache import modeling, parameters
-from compat.ops import using
+from compat.ops import backend, using
+from compat.ops.convolution import causal_conv1d
 from compat.ops.delta import gated_delta_rule
 
 _OF_HEADS, _OF_CHANNELS = "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention"
+_CONVOLUTION = "causal_conv1d_fn"
 # The model types, and the function that their mixers call for a chunk of tokens.
 RULES = {
     "bailing_hybrid": _OF_CHANNELS,
@@ -42,7 +46,8 @@ _NEEDED = {"query", "key", "value", "g", "beta"}
 _STATE = {"initial_state", "output_final_state"}
 # `chunk_size` is the length of the released function's own pieces.
 _KNOWN = _NEEDED | _STATE | {"use_qk_l2norm_in_kernel", "chunk_size"}
-# Models hand these on to the function, which does not use them.
+_OF_CONVOLUTION = {"hidden_states", "weight", "bias", "activation"}
+# Models hand these on to both functions, which do not use them.
 _UNUSED = {"cache_position", "input_ids", "position_embeddings", "position_ids", "use_cache"}
 
 
@@ -122,13 +127,50 @@ def differs(rule: Callable[..., Any], by_channel: bool) -> str:
     return verdict(check, rule)
 
 
-def _rule_of(model_type: str) -> Any:
-    """Return the released rule of one of `RULES`; None where it is another, or a kernel's object.
+@functools.cache
+def _convolution_on_ops(convolution: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(convolution)
+    def convolve(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not is_in_chunk() or backend() != "native":
+            return convolution(*args, **kwargs)
+        given = {
+            name: value
+            for name, value in arguments(convolution, args, kwargs).items()
+            if name not in _UNUSED
+        }
+        activation = given.pop("activation", None)
+        known = {"hidden_states", "weight"} <= given.keys() <= _OF_CONVOLUTION
+        if not known or activation not in ("silu", "swish"):
+            return convolution(*args, **kwargs)
+        if not replace_released(given["hidden_states"]) or convolution_differs(convolution):
+            return convolution(*args, **kwargs)
+        return causal_conv1d(given["hidden_states"], given["weight"], given.get("bias"))
+
+    return convolve
+
+
+@functools.cache
+def convolution_differs(convolution: Callable[..., Any]) -> str:
+    """Say why a released convolution is not what `compat.ops` computes; empty where it is."""
+
+    def check(convolution: Callable[..., Any]) -> None:
+        draw, channels = Draw(), 5
+        for width, bias in ((4, None), (2, draw(channels))):
+            x, weight = draw(2, channels, 9), draw(channels, width)
+            theirs = convolution(x, weight, bias, activation="silu")
+            with using("torch"):
+                compare(f"a width of {width}", theirs, causal_conv1d(x, weight, bias))
+
+    return verdict(check, convolution)
+
+
+def _function(model_type: str, name: str, takes: set[str]) -> Any:
+    """Return a function of the module of one of `RULES`; None for another, or a kernel's object.
 
     The package `kernels` makes an object of the function, so that a user can choose a kernel.
     """
-    rule = getattr(_module_of(model_type), RULES[model_type], None)
-    return rule if inspect.isfunction(rule) and _KNOWN <= set(parameters(rule)) else None
+    found = getattr(_module_of(model_type), name, None)
+    return found if inspect.isfunction(found) and set(parameters(found)) >= takes else None
 
 
 def _module_of(model_type: str) -> Any:
@@ -137,26 +179,36 @@ def _module_of(model_type: str) -> Any:
 
 def plan(model_type: str) -> list[Patch]:
     """List the patches of transformers for one of `RULES`; none where its rule is another."""
-    rule = _rule_of(model_type)
+    module, name = _module_of(model_type), RULES[model_type]
+    rule = _function(model_type, name, _KNOWN)
     if rule is None:
         return []
-    name = RULES[model_type]
-    return [(_module_of(model_type), name, _on_ops(rule, name == _OF_CHANNELS))]
+    patches: list[Patch] = [(module, name, _on_ops(rule, name == _OF_CHANNELS))]
+    convolution = _function(model_type, _CONVOLUTION, _OF_CONVOLUTION)
+    if convolution is not None:
+        patches.append((module, _CONVOLUTION, _convolution_on_ops(convolution)))
+    return patches
 
 
 def on_cpu(model_type: str) -> str | None:
-    """Say why `compat.ops` does not do the rule of one of `RULES` on a CPU.
+    """Say why `compat.ops` does not do the rule of one of `RULES` on a CPU, or only the rule.
 
     Returns:
         The reason; empty where it does; None where the installed transformers has no such model.
     """
     if _module_of(model_type) is None:
         return None
-    rule, name = _rule_of(model_type), RULES[model_type]
+    name = RULES[model_type]
+    rule = _function(model_type, name, _KNOWN)
     if rule is None:
         return f"not used, as there is no function {name} of the known arguments"
-    reason = differs(released(rule), name == _OF_CHANNELS)
-    return reason and f"not used, as its rule is another; {reason}"
+    if reason := differs(released(rule), name == _OF_CHANNELS):
+        return f"not used, as its rule is another; {reason}"
+    convolution = _function(model_type, _CONVOLUTION, _OF_CONVOLUTION)
+    if convolution is None:
+        return f"only its rule, as there is no function {_CONVOLUTION} of the known arguments"
+    reason = convolution_differs(released(convolution))
+    return reason and f"only its rule, as its convolution is another; {reason}"
 
 
 PATCHED = {model_type: Held(functools.partial(plan, model_type)) for model_type in RULES}

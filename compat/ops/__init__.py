@@ -8,6 +8,7 @@ __all__ = [
     "Backend",
     "backend",
     "compiled",
+    "convolution",
     "delta",
     "describe",
     "mamba1",

@@ -80,7 +80,7 @@ def gated_delta_rule(
     Raises:
         ValueError: Shapes do not fit.
     """
-    batch, seqlen, key_heads, key_dim = query.shape
+    batch, seqlen, _, key_dim = query.shape
     heads, value_dim = value.shape[-2:]
     _check(query, key, value, g, beta, initial_state, seq_idx)
     dtype = torch.promote_types(query.dtype, torch.float32)

@@ -210,7 +210,9 @@ struct Head {
     for_tiles(dim, padded, Update{kt.data(), u.data(), kept.data(), state, length, padded});
     for (int64_t l = 0; l < length; ++l) {
       T* line = static_cast<T*>(p.out) + ((place + l) * p.heads + head) * p.value_dim;
-      for (int64_t i = 0; i < p.value_dim; ++i) line[i] = from_float<T>(out[l * padded + i]);
+      const float* found = &out[l * padded];
+#pragma omp simd
+      for (int64_t i = 0; i < p.value_dim; ++i) line[i] = from_float<T>(found[i]);
     }
   }
 
