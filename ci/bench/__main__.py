@@ -30,6 +30,7 @@ from ci.bench.contenders import (
     BATCH,
     FLOOR,
     FULL,
+    HYBRID,
     NORMS,
     READERS,
     RELEASED,
@@ -61,6 +62,7 @@ class Row:
 
 
 _SINGLE, _HALF = "mamba2-float32", "mamba2-bfloat16"
+_DELTA_SINGLE, _DELTA_HALF = "delta-float32", "delta-bfloat16"
 ROWS = (
     Row("time over the floor, float32", "at most 1.5", _SINGLE, FLOOR),
     Row("time over the floor, bfloat16", "at most 3", _HALF, FLOOR),
@@ -73,6 +75,8 @@ ROWS = (
     ),
     Row("Mamba-1 130M, times faster than released", "at least 10", "mamba", RELEASED, True),
     Row("RWKV-4 169M, times faster than released", "at least 10", "rwkv", RELEASED, True),
+    Row("delta rule, time over the floor, float32", "at most 1.4", _DELTA_SINGLE, FLOOR),
+    Row("delta rule, time over the floor, bfloat16", "at most 1.8", _DELTA_HALF, FLOOR),
     Row("xLSTM, times faster than released", "at least 1", "xlstm", RELEASED, True),
 )
 PEAK = "peak memory in chunks, float32"
@@ -82,8 +86,10 @@ ABOUT = """
 `python3 -m nox -s bench`, on {date}, with {threads} threads on {cores} cores of {cpu}
 ({instructions}), {memory}, Python {python}, torch {torch}, transformers {transformers}. Mamba2 of
 24 layers of 768, 24 heads of 64, state 128, random weights; batch 1, 8,192 tokens in chunks of 512,
-where nothing else is said; Mamba-1, RWKV-4 and xLSTM: 4,096 tokens, float32. *Floor*: the matrix
-products of the linear layers alone (of Mamba2: in_proj and out_proj). *GPT-NeoX*: 12 layers of 768.
+where nothing else is said; Mamba-1, RWKV-4 and xLSTM: 4,096 tokens, float32. *delta rule*: four
+layers of Qwen3.5 0.8B (1,024 wide, 16 heads of 128, three with the gated delta rule and one with
+attention), 2,048 tokens. *Floor*: the matrix products of the linear layers alone (of Mamba2:
+in_proj and out_proj). *GPT-NeoX*: 12 layers of 768.
 *native*: this project on its compiled kernels ({native}); *torch*: in plain torch; *released*:
 transformers alone. Ratios are medians of rounds in alternation, with the smallest and the largest;
 memory is that above the loaded model, for {lengths} tokens (native) and the first two of these
@@ -109,6 +115,10 @@ def comparisons(sizes: Sizes) -> dict[str, list[list[Contender]]]:
         names = [FLOOR, *ours, RELEASED]
         return [[Contender(name, sizes.short, sizes.rounds, model) for name in names]]
 
+    def delta(dtype: str) -> list[list[Contender]]:
+        names = [FLOOR, *ours, RELEASED]
+        return [[Contender(n, sizes.text // 4, 2 * sizes.rounds, HYBRID, dtype) for n in names]]
+
     # The number of lengths that each of them reads, from the shortest on.
     reach = dict.fromkeys(ours, 2) | {best: len(sizes.lengths)}
     reach |= {best + FULL: 2, TRANSFORMER: 3, RELEASED: 2}
@@ -123,6 +133,8 @@ def comparisons(sizes: Sizes) -> dict[str, list[list[Contender]]]:
         _HALF: mamba2("bfloat16", sizes.text // 4),
         "lengths": alone,
         "batch": [[Contender(name, sizes.text, sizes.rounds) for name in (best, best + BATCH)]],
+        _DELTA_SINGLE: delta("float32"),
+        _DELTA_HALF: delta("bfloat16"),
         **{model: family(model) for model in ("mamba", "rwkv", "xlstm")},
     }
 

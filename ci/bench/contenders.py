@@ -22,6 +22,7 @@ from compat.ops import using
 
 FLOOR, NORMS, TRANSFORMER, RELEASED = "floor", "norms", "GPT-NeoX", "released"
 FULL, BATCH = ", full pass", ", batch of 8"
+HYBRID = "qwen3_5_text"
 READERS = ("native", "torch", RELEASED)
 """What a model runs on: the ops of compat, on their kernels or in plain torch, or transformers."""
 
@@ -41,11 +42,12 @@ class Sizes:
     chunk: int = 512  # The vertical chunk size.
     text: int = 8192
     short: int = 4096  # A length for models whose released scan is slow.
+    wide: int = 1024  # The hidden size of the hybrid with the gated delta rule, of 4 layers.
     lengths: tuple[int, ...] = (2048, 8192, 32_768, 131_072)  # Read once, with the memory measured.
     rounds: int = 3
 
 
-SMOKE = Sizes(4, 128, 16, chunk=64, text=256, short=128, lengths=(128, 256), rounds=1)
+SMOKE = Sizes(4, 128, 16, 64, 256, short=128, wide=128, lengths=(128, 256), rounds=1)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def reader(contender: Contender, sizes: Sizes) -> Read:
         FLOOR: projections,
         NORMS: _norms,
         TRANSFORMER: _released_full,
-        RELEASED: _released_in_chunks if own in ("mamba2", "xlstm") else _released_full,
+        RELEASED: _released_in_chunks if own in ("mamba2", "xlstm", HYBRID) else _released_full,
     }
     rows = 8 if name.endswith(BATCH) else 1
     reading = functools.partial(ours, name.removesuffix(BATCH).removesuffix(FULL), rows)
@@ -135,16 +137,36 @@ def make_model(
         "mamba": {},
         "rwkv": {"context_length": sizes.text},
         "xlstm": {"num_heads": 4},
+        HYBRID: _hybrid(sizes.wide),
         "gpt_neox": {"num_attention_heads": heads, "intermediate_size": 4 * hidden}
         | {"max_position_embeddings": max(sizes.lengths)},
     }
     layers = sizes.layers if model_type.startswith("mamba") else sizes.layers // 2
     common = {"num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": vocabulary}
-    config = AutoConfig.for_model(model_type, **common, **own[model_type])
+    config = AutoConfig.for_model(model_type, **common | own[model_type])
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModel.from_config(config, dtype=getattr(torch, dtype))
     model.eval()
     return model
+
+
+def _hybrid(hidden: int) -> dict[str, Any]:
+    """Return the settings of Qwen3.5's four layers: three of the gated delta rule, one attention.
+
+    Its shapes are those of Qwen3.5 0.8B, where the hidden size is 1,024.
+    """
+    heads = max(hidden // 64, 1)
+    linear = {"num_key_heads": heads, "num_value_heads": heads}
+    linear |= {"key_head_dim": 128, "value_head_dim": 128}
+    return {f"linear_{name}": value for name, value in linear.items()} | {
+        "hidden_size": hidden,
+        "intermediate_size": 7 * hidden // 2,
+        "num_hidden_layers": 4,
+        "num_attention_heads": max(hidden // 128, 1),
+        "num_key_value_heads": max(hidden // 512, 1),
+        "head_dim": 256,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"],
+    }
 
 
 def _ids(rows: int, tokens: int) -> Tensor:

@@ -44,6 +44,7 @@ TESTS = [
     "hooks/test_unchanged",
     "families/test_family_fixes",
     "families/test_mamba2",
+    "ops/test_delta",
     "ops/test_mamba1",
     "ops/test_rwkv4",
     "hooks/test_refusals",

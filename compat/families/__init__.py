@@ -5,6 +5,7 @@ Other rooms use the modules in `__all__`; the remaining modules are private to t
 
 __all__ = [
     "base",
+    "delta",
     "exact",
     "gradients",
     "lookup",

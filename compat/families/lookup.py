@@ -7,8 +7,9 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from compat.families import fla, mamba1, rwkv4, xlstm, xlstm_large
+from compat.families import delta, fla, mamba1, rwkv4, xlstm, xlstm_large
 from compat.families.base import Family
+from compat.families.delta import DeltaRule
 from compat.families.exact import require_exact
 from compat.families.mamba1 import Mamba
 from compat.families.mamba2 import Mamba2
@@ -22,7 +23,7 @@ from compat.installed.patches import Held
 from compat.ops.waiting import wait_asleep
 
 # Model types that need more than the name of their state. The rest have an entry in `supported`.
-_CLASSES: dict[str, type[Family]] = {
+_CLASSES: dict[str, type[Family]] = dict.fromkeys(delta.RULES, DeltaRule) | {
     "bamba": Mamba2,
     "falcon_mamba": Mamba,
     "granitemoehybrid": Mamba2,

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from compat import ops
 from compat.errors import UnsupportedVersionError
-from compat.families import exact, mamba1, mamba2, mamba2_kernels, rwkv4
+from compat.families import delta, exact, mamba1, mamba2, mamba2_kernels, rwkv4
 from compat.hooks import encoder, own_chunks
 from compat.installed import hub_kernels, recurrent_cache
 
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def cpu(self) -> str:
-        """Say what runs Mamba2, Mamba-1 and RWKV on a CPU: native kernels, or torch and why."""
+        """Say what runs mixers on a CPU: native kernels, or torch and why."""
         if native := _native():
             return native
         if ops.backend() == "released":
@@ -80,7 +80,7 @@ class Report:
         """
         found = {name: mamba2.on_cpu(name) for name in mamba2.MIXERS}
         found |= {name: mamba1.on_cpu(name) for name in mamba1.MIXERS}
-        found |= {"rwkv": rwkv4.on_cpu()}
+        found |= {name: delta.on_cpu(name) for name in delta.RULES} | {"rwkv": rwkv4.on_cpu()}
         return {name: why for name, why in sorted(found.items()) if why is not None}
 
     def __str__(self) -> str:

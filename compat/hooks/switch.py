@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from compat.errors import UnsupportedVersionError
-from compat.families import mamba2
+from compat.families import delta, mamba2
 from compat.families.lookup import family_patches
 from compat.hooks import encoder
 from compat.hooks.report import Report, sentence_transformers_status, transformers_status
@@ -62,6 +62,8 @@ def _put_in() -> tuple[ExitStack, Patches]:
             with suppress(UnsupportedVersionError):  # Chunks of that family raise the error.
                 stack.enter_context(family)
         stack.enter_context(mamba2.full_passes())
+        for rule in delta.PATCHED.values():
+            stack.enter_context(rule)
         patches = Patches(encoder.plan(held))
         return stack.pop_all(), patches
 

@@ -8,6 +8,8 @@ __all__ = [
     "Backend",
     "backend",
     "compiled",
+    "convolution",
+    "delta",
     "describe",
     "mamba1",
     "mamba2",

@@ -12,7 +12,7 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers.utils.deprecation import deprecate_kwarg
 
 import compat
-from compat.families import exact, mamba1, mamba2_probe, rwkv4, tiny_models
+from compat.families import delta, exact, mamba1, mamba2_probe, rwkv4, tiny_models
 from compat.families import mamba2 as _fused
 from compat.families.lookup import backbone_of
 from compat.hooks import report as _report
@@ -138,6 +138,15 @@ PROBES = {
     ),
     "rwkv": lambda: rwkv4.differs.__wrapped__(
         __import__("transformers").models.rwkv.modeling_rwkv.rwkv_linear_attention
+    ),
+    "a gated delta rule": lambda: delta.differs.__wrapped__(
+        __import__(
+            "transformers"
+        ).models.kimi_linear.modeling_kimi_linear.chunk_kimi_delta_attention,
+        True,
+    ),
+    "its convolution": lambda: delta.convolution_differs.__wrapped__(
+        __import__("transformers").models.kimi_linear.modeling_kimi_linear.causal_conv1d_fn
     ),
     "a family": lambda: exact._why_not(
         tiny_models.build(tiny_models.config("zamba2")), backbone_of(tiny_model("zamba2"))[1]
@@ -293,6 +302,45 @@ def test_a_scan_that_is_not_linear_in_its_state_is_not_continued(monkeypatch):
         wanted = model(ids, use_cache=False).last_hidden_state
         with compat.vertical_chunking():
             assert torch.equal(model(ids, use_cache=False).last_hidden_state, wanted)
+
+
+@pytest.fixture
+def another_rule(monkeypatch):
+    """Let Qwen3-Next's released rule, or the convolution before it, compute something else."""
+    from transformers.models.qwen3_next import modeling_qwen3_next
+
+    def replace(name, change):
+        function = getattr(modeling_qwen3_next, name)
+
+        @functools.wraps(function)
+        def other(*args, **kwargs):
+            return change(function(*args, **kwargs))
+
+        monkeypatch.setattr(modeling_qwen3_next, name, other)
+
+    return replace
+
+
+@torch.no_grad()
+def test_a_delta_rule_that_is_another_is_left_alone(another_rule):
+    another_rule("torch_chunk_gated_delta_rule", lambda found: (found[0] * 2, found[1]))
+    model, ids = tiny_model("qwen3_next"), tokens(2, 21)
+    wanted = model(ids, use_cache=False).last_hidden_state
+    with compat.vertical_chunking() as report:
+        assert torch.equal(model(ids, use_cache=False).last_hidden_state, wanted)
+        why = report.paths["qwen3_next"]
+        assert why.startswith("not used, as its rule is another; 4 tokens: it gives ")
+        assert report.paths["kimi_linear"] == ""
+
+
+def test_where_only_the_convolution_is_another_the_rule_is_replaced(another_rule):
+    another_rule("causal_conv1d_fn", lambda found: found * 2)
+    model, ids = tiny_model("qwen3_next"), tokens(2, 21)
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).last_hidden_state
+    assert (chunked(model, ids) - wanted).abs().max() <= CHUNKED[torch.float32]
+    why = compat.status().paths["qwen3_next"]
+    assert why.startswith("only its rule, as its convolution is another; a width of 4: it gives ")
 
 
 # The status, about versions.

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import importlib
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,9 @@ from transformers.models.mamba.modeling_mamba import mamba_selective_scan as mam
 
 import compat
 from compat import ops
-from compat.families import mamba1, rwkv4
+from compat.families import delta, mamba1, rwkv4
 from compat.families.lookup import backbone_of
+from compat.installed.recurrent_cache import modeling
 
 FEW = settings().max_examples // 3
 
@@ -145,6 +145,9 @@ def test_without_a_state_the_scan_is_the_released_one():
 
 # The name of the loop in the released module.
 LOOPS = dict.fromkeys(mamba1.MIXERS, "mamba_selective_scan") | {"rwkv": "rwkv_linear_attention"}
+LOOPS |= {name: rule for name, rule in delta.RULES.items() if name in FAMILIES}
+# Mixers of their own.
+KINDS = [*mamba1.MIXERS, "rwkv", "qwen3_next", "kimi_linear"]
 
 
 @pytest.fixture
@@ -153,7 +156,7 @@ def count_loops(monkeypatch):
 
     def watch(model_type):
         name, calls = LOOPS[model_type], []
-        module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+        module = modeling(model_type.removesuffix("_text"))
         loop = getattr(module, name)
 
         @functools.wraps(loop)
@@ -162,8 +165,10 @@ def count_loops(monkeypatch):
             return loop(*args, **kwargs)
 
         monkeypatch.setattr(module, name, counted)
-        differs = rwkv4.differs if model_type == "rwkv" else mamba1.differs
-        assert not differs(counted)
+        if model_type in delta.RULES:
+            assert not delta.differs(counted, name == delta._OF_CHANNELS)
+        else:
+            assert not (rwkv4.differs if model_type == "rwkv" else mamba1.differs)(counted)
         backbone_of(tiny_model(model_type))
         calls.clear()
         return calls
@@ -184,7 +189,7 @@ def test_chunks_and_full_passes_without_gradients_run_on_ops(model_type, count_l
     assert not loops
 
 
-@pytest.mark.parametrize("model_type", mamba1.MIXERS)  # rwkv ignores a mask.
+@pytest.mark.parametrize("model_type", [name for name in KINDS if name != "rwkv"])  # No mask.
 @pytest.mark.usefixtures("backend")
 def test_a_padded_full_pass_on_ops_is_that_of_the_rows_alone(model_type):
     model, ids = tiny_model(model_type), tokens(2, 33)
@@ -198,7 +203,7 @@ def test_a_padded_full_pass_on_ops_is_that_of_the_rows_alone(model_type):
         assert error(found[row, real], wanted[0]) <= CHUNKED[torch.float32]
 
 
-@pytest.mark.parametrize("model_type", LOOPS)
+@pytest.mark.parametrize("model_type", KINDS)
 @pytest.mark.parametrize("where", ["with gradients", "with a cache", "released", "autocast"])
 def test_elsewhere_the_released_loop_runs(model_type, where, count_loops):
     model, ids, loops = tiny_model(model_type), tokens(2, 20), count_loops(model_type)

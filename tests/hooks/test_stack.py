@@ -4,12 +4,13 @@ import pytest
 from support.stack import FORKS
 
 import compat
-from compat.families import mamba1, mamba2, rwkv4, xlstm
+from compat.families import delta, mamba1, mamba2, rwkv4, xlstm
 from compat.hooks import switch
 
 HELD = mamba1.PATCHED | {"rwkv": rwkv4.PATCHED, "xlstm": xlstm.PATCHED}
-# The fork has the fused path with kernels alone; without them compat's is the faster one.
+# The fork has the fused path with kernels alone, and no other rule; compat is faster on a CPU.
 FASTER = {f"fused path of {name}": held for name, held in mamba2.PATCHED.items()}
+FASTER |= {f"rule of {name}": held for name, held in delta.PATCHED.items()}
 
 
 def states(report):

@@ -21,9 +21,14 @@ MAMBA = {
     "jamba": "JambaMambaMixer",
     "zamba": "ZambaMambaMixer",
 }
+# Of the gated delta rule: one with a gate of each head, and one with gates of channels.
+RULES = {
+    "qwen3_next": "torch_chunk_gated_delta_rule",
+    "kimi_linear": "chunk_kimi_delta_attention",
+}
 # Every family that compat patches, sets hooks in, or has a cache of its own for; and one that it
 # leaves alone.
-TOUCHED = [*MAMBA, "xlstm", "rwkv", "recurrent_gemma", "minimax", "mamba2"]
+TOUCHED = [*MAMBA, "xlstm", "rwkv", "recurrent_gemma", "minimax", "mamba2", *RULES]
 # The families of which transformers has a language model.
 WITH_HEAD = [name for name in FAMILIES if CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING]
 # Released models of these mix up the rows of a batch, or let padding through.
@@ -142,7 +147,7 @@ def test_what_goes_on_from_a_users_own_state_is_identical(released, model_type):
 @pytest.mark.parametrize(
     ("model_type", "use_cache"),
     [
-        *((name, True) for name in [*MAMBA, *mamba2.MIXERS, "rwkv", "xlstm"]),
+        *((name, True) for name in [*MAMBA, *mamba2.MIXERS, "rwkv", "xlstm", "qwen3_next"]),
         *((name, False) for name in [*MAMBA, "mamba2", "rwkv", "xlstm"]),  # Mixers share a hook.
     ],
 )
@@ -216,7 +221,12 @@ def test_enable_patches_what_is_known_and_disable_puts_the_very_objects_back(rel
         ("RwkvModel", "_rescale_layers"),
     }
     scans |= {("transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan")}
-    assert released() == scans | mixers | rwkv | {("xLSTMBackend", "forward")}
+    rules = {
+        (f"transformers.models.{name}.modeling_{name}", function)
+        for name, rule in RULES.items()
+        for function in (rule, "causal_conv1d_fn")
+    }
+    assert released() == scans | mixers | rwkv | rules | {("xLSTMBackend", "forward")}
     compat.enable_vertical_chunking()
     compat.disable_vertical_chunking()
     assert released() == set()

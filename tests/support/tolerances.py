@@ -78,3 +78,8 @@ KERNEL_SELECTIVE_SCAN = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat1
 # which float32 keeps 24 bits less those that the exponents have before the point; sums of some
 # hundred decays of order 1 cost 4 to 5.
 OPS_WKV = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
+
+# The gated delta rule: the largest error as a share of the largest value, of outputs and states.
+# float32: sums of some hundred products of lengths of order 1. In 16 bits inputs are taken as they
+# are, and only outputs are rounded, once.
+OPS_DELTA = {torch.float32: 5e-6, torch.bfloat16: 8e-3}

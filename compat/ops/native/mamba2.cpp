@@ -7,23 +7,13 @@
 #include <numeric>
 #include <vector>
 
-#include "common.h"
+#include "tiles.h"
 
 namespace {
 
 constexpr int64_t INNER = 32;       // tokens of a segment
 constexpr int64_t BLOCK = 256;      // tokens of a row between the two passes over the heads
 constexpr int64_t TOKENS = 2048;    // the same of all rows, where the rows are many
-constexpr int ROWS = 4;             // of a matrix product that are held in registers
-
-#if defined(__AVX512F__)
-constexpr int64_t LANES = 16, PANEL = 4;
-#elif defined(__AVX__)
-constexpr int64_t LANES = 8, PANEL = 2;
-#else
-constexpr int64_t LANES = 4, PANEL = 4;
-#endif
-typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 // The arguments, as compat/ops/mamba2_native.py lays them out. Tensors are contiguous, except
 // zxbcdt, whose channels are.
@@ -50,37 +40,6 @@ struct Segment {
   int64_t row, start, length;  // start counts from the block's beginning
   bool fresh;                  // begins a sequence that is not the row's first
 };
-
-// acc[r] += sum_k a[r * a_row + k * a_step] * b[k * b_row], R rows of V vectors.
-template <int R, int V>
-inline void multiply(const float* a, int64_t a_row, int64_t a_step, int64_t count, const float* b,
-                     int64_t b_row, Vec (&acc)[R][V]) {
-  for (int64_t k = 0; k < count; ++k) {
-    const Vec* line = reinterpret_cast<const Vec*>(b + k * b_row);
-    Vec held[V];
-    for (int v = 0; v < V; ++v) held[v] = line[v];
-    for (int r = 0; r < R; ++r) {
-      float factor = a[r * a_row + k * a_step];
-      for (int v = 0; v < V; ++v) acc[r][v] += factor * held[v];
-    }
-  }
-}
-
-// Calls tile.run<R, V>(row, column) for all of a matrix whose columns are a multiple of LANES.
-template <class Tile>
-inline void for_tiles(int64_t rows, int64_t columns, const Tile& tile) {
-  int64_t c = 0;
-  for (; c + PANEL * LANES <= columns; c += PANEL * LANES) {
-    int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS) tile.template run<ROWS, PANEL>(r, c);
-    for (; r < rows; ++r) tile.template run<1, PANEL>(r, c);
-  }
-  for (; c < columns; c += LANES) {
-    int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS) tile.template run<ROWS, 1>(r, c);
-    for (; r < rows; ++r) tile.template run<1, 1>(r, c);
-  }
-}
 
 struct Scores {  // C B^T of a segment
   const float *c, *bt;
