@@ -169,7 +169,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.set_title("Memory of the whole process for one file, above that of the loaded model")
     axes.set(xscale="log", yscale="log", xlabel="size of the file, MB", ylabel="peak memory, MB")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:,.0f}")
+        axis.set_major_formatter("{x:,g}")
     axes.margins(0.1)
     axes.legend(frameon=False)
     axes.grid(color="0.9")
