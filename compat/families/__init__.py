@@ -6,6 +6,7 @@ Other rooms use the modules in `__all__`; the remaining modules are private to t
 __all__ = [
     "base",
     "exact",
+    "fla_rwkv",
     "gradients",
     "lookup",
     "mamba1",
