@@ -1,4 +1,4 @@
-"""RWKV-6's wkv with carried state, in chunks of time, in plain torch.
+"""RWKV-6's wkv with carried state, in chunks of time: plain torch, and native on a CPU.
 
 The recurrence of "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence" (arXiv
 2404.05892, Finch's time mixing), per head and with the state S of (head_dim, head_v_dim):
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from compat.ops import rwkv7_native
+from compat.ops.chosen import is_native
 from compat.ops.rwkv7 import (
     CHUNK,
     Chunks,
     check_shapes,
     common_dtype,
+    fading,
     joined,
     masked,
     new_state,
@@ -65,6 +68,8 @@ def wkv6(
     state = new_state(k, v, dtype) if initial_state is None else initial_state.to(dtype)
     if not v.numel():
         return torch.zeros_like(v), state
+    if is_native(r, w, k, v, u, state):
+        return rwkv7_native.wkv({"r": r, "w": w, "k": k, "v": v}, u, state, seq_idx)
     outputs = []
     for (r_, w_, k_, v_), seen in pieces((r, w, k, v), dtype, seq_idx, _PIECE):
         y, state = _piece(r_, w_, k_, v_, u.to(dtype), seen, state)
@@ -87,12 +92,11 @@ def _piece(
     sums = w.cumsum(-2)
     readers = masked(r * pad(sums[..., :-1, :], (0, 0, 1, 0)).exp(), seen.begun)
     writers = masked(k * between[..., -1, :, :].exp(), seen.ending).transpose(-1, -2)
-    decay = sums[..., -1, :].exp()
-    decay = decay if seen.kept is None else masked(decay, seen.kept[:, None, :, None])
     own = scores @ v
     outputs = []
-    steps = zip(*(x.unbind(2) for x in (readers, own, v, writers, decay)), strict=True)
-    for readers_, own_, v_, writers_, decay_ in steps:
+    parts = (x.unbind(2) for x in (readers, own, v, writers))
+    steps = zip(*parts, *fading(sums[..., -1, :], seen), strict=True)
+    for readers_, own_, v_, writers_, keep, fade in steps:
         outputs.append(readers_ @ state + own_)
-        state = decay_[..., None] * state + writers_ @ v_
+        state = keep * state + fade * state + writers_ @ v_
     return torch.stack(outputs, 2), state

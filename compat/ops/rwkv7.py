@@ -24,12 +24,15 @@ exp(-0.606531) a token (e^-0.5, times a sigmoid), they lie between e^-4.9 and e^
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from compat.ops import rwkv7_native
+from compat.ops.chosen import is_native
 from compat.ops.mamba2 import _Rows, _rows_of
 
 CHUNK = 16  # Tokens.
@@ -70,13 +73,16 @@ def wkv7(
         float64 where an input is.
 
     Raises:
-        ValueError: Shapes do not fit, or a log decay is larger than 5 in size.
+        ValueError: Shapes do not fit; or, in plain torch, a log decay is larger than 5 in size.
     """
     check_shapes(r, {"w": w, "k": k, "a": a, "b": b}, v, initial_state, seq_idx)
     dtype = common_dtype(r, w, k, v, a, b)
     state = new_state(k, v, dtype) if initial_state is None else initial_state.to(dtype)
     if not v.numel():
         return torch.zeros_like(v), state
+    if is_native(r, w, k, v, a, b, state):
+        inputs = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
+        return rwkv7_native.wkv(inputs, None, state, seq_idx)
     out, last = _torch_wkv((r, w, k, a, b, v), dtype, state, seq_idx)
     return out.to(v.dtype), last
 
@@ -188,6 +194,19 @@ def pieces(
     return found
 
 
+def fading(logarithms: Tensor, seen: Chunks) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Split a chunk's decay in two summands, (batch, nheads, dim, 1) for each chunk.
+
+    For a decay near 1 they are 1 and the small rest: so it is as exact over thousands of tokens as
+    its logarithm. logarithms is (batch, nheads, chunks, dim); what is not kept is faded to 0.
+    """
+    kept = None if seen.kept is None else seen.kept[:, None, :, None]
+    slow = logarithms > -0.5
+    fade = torch.where(slow, torch.expm1(logarithms), torch.exp(logarithms))
+    parts = (masked(part, kept)[..., None].unbind(2) for part in (slow.to(fade.dtype), fade))
+    return next(parts), next(parts)
+
+
 def joined(outputs: list[Tensor], seqlen: int) -> Tensor:
     """Join pieces (batch, nheads, chunks, CHUNK, dim) to (batch, seqlen, nheads, dim)."""
     return torch.cat([y.flatten(2, 3).transpose(1, 2) for y in outputs], 1)[:, :seqlen]
@@ -236,8 +255,6 @@ def _piece(
         writers * (end - middle).exp(),
         None if seen.ending is None else seen.ending.repeat(1, 1, 1, 2, 1),
     )
-    decay = end[..., 0, :]
-    decay = decay.exp() if seen.kept is None else masked(decay.exp(), seen.kept[:, None, :, None])
 
     of_a, of_r = scores.split(CHUNK, -2)
     right = torch.cat([readers[..., :CHUNK, :], of_a[..., CHUNK:] @ v], -1)
@@ -248,12 +265,13 @@ def _piece(
     readers = torch.cat([from_state, readers[..., CHUNK:, :]], -2)
     outputs = []
     steps = zip(
-        *(x.unbind(2) for x in (readers, own, v, of_r, writers.transpose(-1, -2), decay)),
+        *(x.unbind(2) for x in (readers, own, v, of_r, writers.transpose(-1, -2))),
+        *fading(end[..., 0, :], seen),
         strict=True,
     )
-    for readers_, own_, v_, of_r_, writers_, decay_ in steps:
+    for readers_, own_, v_, of_r_, writers_, keep, fade in steps:
         u, o = (readers_ @ state).split(CHUNK, -2)
         values = torch.cat([u + own_, v_], -2)
         outputs.append(o + of_r_ @ values)
-        state = decay_[..., None] * state + writers_ @ values
+        state = keep * state + fade * state + writers_ @ values
     return torch.stack(outputs, 2), state

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tolerances import GRADIENTS, OPS_WKV, error
 
-from compat.ops import rwkv6, rwkv7, using
+from compat.ops import compiled, rwkv6, rwkv7, using
 
 FEW = settings().max_examples // 2
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -216,6 +216,15 @@ class TestLaws:
 
 @pytest.mark.usefixtures("backend")
 class TestExtremes:
+    @both
+    def test_what_is_kept_for_thousands_of_tokens(self, op):
+        """Let a decay be known as well as its logarithm: rounded to float32 it costs 1e-4 here."""
+        case = inputs(op, 1, 4000, 1, 3, 3)
+        case.timed[1].fill_(-1.1e-5)
+        for x in case.timed[2:]:
+            x[:, 1:] = 0
+        check(case.run(), recurrence(case))
+
     @pytest.mark.parametrize("decay", [STRONGEST, 0.0, None])
     def test_decays_of_rwkv7(self, decay):
         """Go from one that keeps all to the strongest, and from the one to the other in a chunk."""
@@ -243,6 +252,16 @@ class TestExtremes:
         """Go from one that keeps all to one that forgets at once; next to others in a chunk."""
         case = inputs("wkv6", 2, 60)
         case.timed[1][:, ::4] = decay
+        check(case.run(), recurrence(case))
+
+
+def test_native_takes_any_decay():
+    if compiled.library() is None:
+        pytest.skip(compiled.reason())
+    case = inputs("wkv7", 2, 60)
+    for token, decay in enumerate([-9.0, -40.0, -1e5, -torch.inf]):
+        case.timed[1][:, token::7] = decay
+    with using("native"):
         check(case.run(), recurrence(case))
 
 
