@@ -33,25 +33,32 @@ struct Wkv {
   int64_t batch, seqlen, nheads, dim, v_dim;
 };
 
-// What a token does to a row of the state, h = keep * h + fade * h + b * removed + k * v, and what is
-// read of the row: r for the output, next for what the next token removes.
-struct Row {
-  float keep, fade, b, k, r, next;
+// What a token does to the rows of the state, h = keep h + fade h + b removed + k v, and what is read
+// of them: r for the output, next for what the next token removes. A number of each for each row.
+struct Token {
+  float *keep, *fade, *b, *k, *r, *next;
+  Token(float* memory, int64_t dim)
+      : keep(memory), fade(keep + dim), b(fade + dim), k(b + dim), r(k + dim), next(r + dim) {}
 };
 
 // The decay is split so that one near 1 is as exact over thousands of tokens as its logarithm.
-inline void split_decay(float w, float& keep, float& fade) {
-  float p = 1.f / 5040;  // e^w - 1, as its series.
-  p = p * w + 1.f / 720;
-  p = p * w + 1.f / 120;
-  p = p * w + 1.f / 24;
-  p = p * w + 1.f / 6;
-  p = p * w + 0.5f;
-  p = p * w + 1.f;
-  const float whole = fast_exp(w);
-  const bool slow = std::fabs(w) < 0.35f;
-  keep = slow ? 1.f : 0.f;
-  fade = slow ? p * w : whole;
+// fade is the logarithm before.
+void split_decays(int64_t count, float* __restrict keep, float* __restrict fade) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float w = fade[i];
+    float p = 1.f / 5040;  // e^w - 1, as its series.
+    p = p * w + 1.f / 720;
+    p = p * w + 1.f / 120;
+    p = p * w + 1.f / 24;
+    p = p * w + 1.f / 6;
+    p = p * w + 0.5f;
+    p = p * w + 1.f;
+    const float whole = fast_exp(w);
+    const bool slow = std::fabs(w) < 0.35f;
+    keep[i] = slow ? 1.f : 0.f;
+    fade[i] = slow ? p * w : whole;
+  }
 }
 
 template <class T>
@@ -78,7 +85,7 @@ void store(const View& view, int64_t b, int64_t t, int64_t h, int64_t count, con
 // Reads tokens that follow one another in a sequence, in a tile of the state: DELTA is RWKV-7's rule,
 // that of RWKV-6 reads the state before it is written to. values and outs: (tokens, padded).
 template <bool DELTA>
-void read_tile(const Row* rows, const float* first, const float* own, const float* values,
+void read_tile(float* coefficients, const float* first, const float* own, const float* values,
                int64_t tokens, int64_t dim, int64_t padded, float* state, float* outs) {
   Vec removed[PANEL] = {};
   if (DELTA)
@@ -86,20 +93,20 @@ void read_tile(const Row* rows, const float* first, const float* own, const floa
       const Vec* h = reinterpret_cast<const Vec*>(state + i * padded);
       for (int p = 0; p < PANEL; ++p) removed[p] += first[i] * h[p];
     }
-  for (int64_t t = 0; t < tokens; ++t, rows += dim) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    const Token token(coefficients + t * 6 * dim, dim);
     Vec value[PANEL], out[PANEL] = {}, next[PANEL] = {};
     std::memcpy(value, values + t * padded, sizeof value);
     for (int64_t i = 0; i < dim; ++i) {
-      const Row row = rows[i];
       Vec* h = reinterpret_cast<Vec*>(state + i * padded);
       for (int p = 0; p < PANEL; ++p) {
         const Vec before = h[p];
-        Vec now = row.keep * before + row.fade * before;
-        if (DELTA) now += row.b * removed[p];
-        now += row.k * value[p];
+        Vec now = token.keep[i] * before + token.fade[i] * before;
+        if (DELTA) now += token.b[i] * removed[p];
+        now += token.k[i] * value[p];
         h[p] = now;
-        out[p] += row.r * (DELTA ? now : before);
-        if (DELTA) next[p] += row.next * now;
+        out[p] += token.r[i] * (DELTA ? now : before);
+        if (DELTA) next[p] += token.next[i] * now;
       }
     }
     for (int p = 0; p < PANEL; ++p) {
@@ -113,11 +120,10 @@ void read_tile(const Row* rows, const float* first, const float* own, const floa
 template <bool DELTA>
 void read_head(const Wkv& s, int64_t b, int64_t head) {
   const int64_t K = s.dim, V = s.v_dim, padded = (V + TILE - 1) / TILE * TILE;
-  std::vector<float> memory(K * padded + 2 * BLOCK * padded + 6 * K + BLOCK);
+  std::vector<float> memory(K * padded + 2 * BLOCK * padded + (6 * BLOCK + 1) * K + BLOCK);
   float* h = memory.data();
   float *values = h + K * padded, *outs = values + BLOCK * padded, *own = outs + BLOCK * padded;
-  float *r = own + BLOCK, *w = r + K, *k = w + K, *a = k + K, *bs = a + K, *first = bs + K;
-  std::vector<Row> rows(BLOCK * K);
+  float *first = own + BLOCK, *coefficients = first + K;
   float* state = s.state + (b * s.nheads + head) * K * V;
   for (int64_t i = 0; i < K; ++i) std::copy_n(state + i * V, V, h + i * padded);
   const int32_t* ids = s.seq_idx ? s.seq_idx + b * s.seqlen : nullptr;
@@ -136,28 +142,26 @@ void read_head(const Wkv& s, int64_t b, int64_t head) {
     sequence = id;
     const int64_t tokens = end - begin;
     for (int64_t t = 0; t < tokens; ++t) {
-      load(s.r, b, begin + t, head, K, r);
-      load(s.w, b, begin + t, head, K, w);
-      load(s.k, b, begin + t, head, K, k);
+      const Token token(coefficients + t * 6 * K, K);
+      load(s.r, b, begin + t, head, K, token.r);
+      load(s.w, b, begin + t, head, K, token.fade);
+      load(s.k, b, begin + t, head, K, token.k);
       load(s.v, b, begin + t, head, V, values + t * padded);
+      split_decays(K, token.keep, token.fade);
       if (DELTA) {
-        load(s.a, b, begin + t, head, K, a);
-        load(s.b, b, begin + t, head, K, bs);
-        if (t == 0) std::copy_n(a, K, first);
+        // What a token removes is read of the state in the pass of the token before.
+        load(s.a, b, begin + t, head, K, t ? token.next - 6 * K : first);
+        load(s.b, b, begin + t, head, K, token.b);
+      } else {
+        float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < K; ++i) sum += token.r[i] * bonus[i] * token.k[i];
+        own[t] = sum;
       }
-      Row* row = rows.data() + t * K;
-      float sum = 0.f;
-      for (int64_t i = 0; i < K; ++i) {
-        float keep, fade;
-        split_decay(w[i], keep, fade);
-        row[i] = {keep, fade, DELTA ? bs[i] : 0.f, k[i], r[i], 0.f};
-        if (DELTA && t) row[i - K].next = a[i];
-        if (!DELTA) sum += r[i] * bonus[i] * k[i];
-      }
-      own[t] = sum;
     }
+    std::fill_n(Token(coefficients + (tokens - 1) * 6 * K, K).next, K, 0.f);
     for (int64_t c = 0; c < padded; c += TILE)
-      read_tile<DELTA>(rows.data(), first, own, values + c, tokens, K, padded, h + c, outs + c);
+      read_tile<DELTA>(coefficients, first, own, values + c, tokens, K, padded, h + c, outs + c);
     for (int64_t t = 0; t < tokens; ++t) store(s.out, b, begin + t, head, V, outs + t * padded);
   }
   for (int64_t i = 0; i < K; ++i) std::copy_n(h + i * padded, V, state + i * V);
