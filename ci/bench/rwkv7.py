@@ -56,7 +56,8 @@ def make(dtype: torch.dtype, layers: int = LAYERS, width: int = WIDTH) -> Any:
 def read(model: Any, backend: Any, ids: Tensor) -> Tensor:
     """Read through compat's chunk loop, and return the last hidden state."""
     with ops.using(backend):
-        return compat.last_hidden_state(model, input_ids=ids, vertical_chunk_size=CHUNK)
+        found: Tensor = compat.last_hidden_state(model, input_ids=ids, vertical_chunk_size=CHUNK)
+    return found
 
 
 def peer(model: Any, strategy: str) -> Callable[[Tensor], Tensor]:
@@ -71,9 +72,10 @@ def peer(model: Any, strategy: str) -> Callable[[Tensor], Tensor]:
 
     def run(ids: Tensor) -> Tensor:
         state: Any = None
+        logits: Any = None
         for part in ids[0].split(CHUNK):
             logits, state = theirs.forward(part.tolist(), state)
-        return logits
+        return torch.as_tensor(logits)
 
     return run
 

@@ -37,22 +37,23 @@ class FlaRwkv(Fla):
 
 
 # Model types that were measured to continue exactly from their state.
-FAMILIES: dict[str, Family] = dict.fromkeys(
-    [
-        "comba",
-        "delta_net",
-        "gated_deltanet",
-        "gated_deltaproduct",
-        "gla",
-        "gsa",
-        "hgrn",
-        "hgrn2",
-        "kda",
-        "linear_attn",
-        "retnet",
-    ],
-    Fla(grows=False),
-) | dict.fromkeys(["rwkv6", "rwkv7"], FlaRwkv(grows=False))
+_CARRIED = [
+    "comba",
+    "delta_net",
+    "gated_deltanet",
+    "gated_deltaproduct",
+    "gla",
+    "gsa",
+    "hgrn",
+    "hgrn2",
+    "kda",
+    "linear_attn",
+    "retnet",
+]
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(_CARRIED, Fla(grows=False)),
+    **dict.fromkeys(["rwkv6", "rwkv7"], FlaRwkv(grows=False)),
+}
 
 _ELSE = "encode it without vertical_chunk_size"
 # Recurrent model types that do not continue exactly: the reason, and the remedy.
