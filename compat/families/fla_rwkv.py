@@ -288,7 +288,8 @@ def _check_gate(reference: Callable[..., Any]) -> None:
 
 def _check_layer_norm(reference: Callable[..., Any]) -> None:
     draw = Draw()
-    given = {"x": draw(2, 3, 8), "weight": draw(8), "bias": draw(8), "residual": draw(2, 3, 8)}
+    given: dict[str, Any] = {"x": draw(2, 3, 8), "residual": draw(2, 3, 8)}
+    given |= {"weight": draw(8), "bias": draw(8)}
     given |= {"eps": 0.1, "prenorm": True}
     for theirs, ours in zip(reference(**given), _layer_norm(**given), strict=True):
         compare("the norm", theirs, ours)
@@ -323,12 +324,13 @@ def _check_recurrence(ours: Callable[..., Any], reference: Callable[..., Any]) -
     compare("the state behind it", last, ours_last)
 
 
-_NORM_CHECKS: list[tuple[str, str, Callable[[Callable[..., Any]], None]]] = [
+_Check = tuple[str, str, Callable[[Callable[..., Any]], None]]
+_NORM_CHECKS: list[_Check] = [
     ("fla.modules.token_shift", "token_shift_ref", _check_shift),
     (_NORMS, "layer_norm_ref", _check_layer_norm),
     (_NORMS, "group_norm_ref", _check_group_norm),
 ]
-_CHECKS = {
+_CHECKS: dict[str, list[_Check]] = {
     "rwkv6": [
         *_NORM_CHECKS,
         (
