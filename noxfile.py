@@ -127,7 +127,7 @@ def test_ray(session):
 def test_fla(session):
     """Test models of flash-linear-attention and xlstm, in Triton's interpreter: some minutes."""
     install(session, "tests", extras="[fla,xlstm]")
-    files = ["tests/families/test_fla.py", "tests/families/test_xlstm_large.py"]
+    files = [f"tests/families/test_{name}.py" for name in ["fla", "fla_rwkv", "xlstm_large"]]
     session.run("pytest", *files, *session.posargs, env=OFFLINE | INTERPRET)
 
 

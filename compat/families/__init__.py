@@ -7,6 +7,7 @@ __all__ = [
     "base",
     "delta",
     "exact",
+    "fla_rwkv",
     "gradients",
     "lookup",
     "mamba1",

@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from compat.errors import UnsupportedModelError
+from compat.families import fla_rwkv
 from compat.families.base import Family
 
 
@@ -24,25 +26,34 @@ class Fla(Family):
         return state
 
 
+class FlaRwkv(Fla):
+    """RWKV-7 and RWKV-6, which run on a CPU without Triton; see `fla_rwkv`."""
+
+    def forward(
+        self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
+    ) -> tuple[Tensor, Any]:
+        """Run one chunk; see `Family.forward`."""
+        return fla_rwkv.forward(super().forward, backbone, input_ids, start, state)
+
+
 # Model types that were measured to continue exactly from their state.
-FAMILIES: dict[str, Family] = dict.fromkeys(
-    [
-        "comba",
-        "delta_net",
-        "gated_deltanet",
-        "gated_deltaproduct",
-        "gla",
-        "gsa",
-        "hgrn",
-        "hgrn2",
-        "kda",
-        "linear_attn",
-        "retnet",
-        "rwkv6",
-        "rwkv7",
-    ],
-    Fla(grows=False),
-)
+_CARRIED = [
+    "comba",
+    "delta_net",
+    "gated_deltanet",
+    "gated_deltaproduct",
+    "gla",
+    "gsa",
+    "hgrn",
+    "hgrn2",
+    "kda",
+    "linear_attn",
+    "retnet",
+]
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(_CARRIED, Fla(grows=False)),
+    **dict.fromkeys(["rwkv6", "rwkv7"], FlaRwkv(grows=False)),
+}
 
 _ELSE = "encode it without vertical_chunk_size"
 # Recurrent model types that do not continue exactly: the reason, and the remedy.

@@ -63,7 +63,10 @@ def backbone_of(model: PreTrainedModel) -> tuple[PreTrainedModel, Family]:
     # This comes before the registry, because fla has models of the same names.
     if isinstance(model, PreTrainedModel) and fla.is_fla(model.base_model):
         backbone = cast(PreTrainedModel, model.base_model)
-        return backbone, fla.family_of(backbone)
+        family = fla.family_of(backbone)
+        if backbone.device.type == "cpu":
+            wait_asleep()
+        return backbone, family
     backbone, family = look_up(model, FAMILIES)
     if backbone.device.type == "cpu":
         wait_asleep()

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from compat import ops
 from compat.errors import UnsupportedVersionError
-from compat.families import delta, exact, mamba1, mamba2, mamba2_kernels, rwkv4
+from compat.families import delta, exact, fla_rwkv, mamba1, mamba2, mamba2_kernels, rwkv4
 from compat.hooks import encoder, own_chunks
 from compat.installed import hub_kernels, recurrent_cache
 
@@ -81,6 +81,7 @@ class Report:
         found = {name: mamba2.on_cpu(name) for name in mamba2.MIXERS}
         found |= {name: mamba1.on_cpu(name) for name in mamba1.MIXERS}
         found |= {name: delta.on_cpu(name) for name in delta.RULES} | {"rwkv": rwkv4.on_cpu()}
+        found |= {f"{name} (fla)": why for name, why in fla_rwkv.on_cpu().items()}
         return {name: why for name, why in sorted(found.items()) if why is not None}
 
     def __str__(self) -> str:

@@ -15,6 +15,8 @@ __all__ = [
     "mamba2",
     "mamba2_scan",
     "rwkv4",
+    "rwkv6",
+    "rwkv7",
     "using",
     "waiting",
 ]

@@ -18,7 +18,7 @@ from torch import nn
 
 import compat
 from compat import ops
-from compat.families import mamba2
+from compat.families import delta, mamba2
 from compat.families.lookup import backbone_of
 
 cached_model = functools.cache(tiny_model)
@@ -231,7 +231,7 @@ def test_without_enable_a_whole_pass_is_left_alone():
 
 
 def test_the_report_says_what_runs_on_a_cpu():
-    others = ["falcon_mamba", "jamba", "mamba", "rwkv", "zamba"]
+    others = ["falcon_mamba", "jamba", "mamba", "rwkv", "zamba", *delta.RULES]
     served = "; for " + ", ".join(sorted([*ALL, *others]))
     with on("torch"):
         assert compat.status().cpu.startswith("plain torch")

@@ -66,7 +66,7 @@ PLACES = {
         (1.5, TypeError, "found 1.5 of type float"),
         (512.0, TypeError, "found 512.0 of type float"),
         (True, TypeError, "found True of type bool"),
-        ("512", TypeError, "found '512' of type str"),
+        ("512", ValueError, "found '512'"),
     ],
 )
 def test_a_size_that_is_no_positive_int_is_refused(model, place, size, error, found):

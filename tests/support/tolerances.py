@@ -74,9 +74,10 @@ KERNEL_SSD_SLACK = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 # rounded output.
 KERNEL_SELECTIVE_SCAN = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
-# RWKV-4's wkv: the largest error as a share of the largest value. An output is a weighted mean, of
-# which float32 keeps 24 bits less those that the exponents have before the point; sums of some
-# hundred decays of order 1 cost 4 to 5.
+# The wkv of RWKV-4, RWKV-6 and RWKV-7: the largest error as a share of the largest value. RWKV-4's
+# output is a weighted mean, of which float32 keeps 24 bits less those that the exponents have
+# before the point; sums of some hundred decays of order 1 cost 4 to 5. That of the others is a sum
+# of decayed values, and their decays are sums within a chunk of 16 tokens.
 OPS_WKV = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
 
 # The gated delta rule: the largest error as a share of the largest value, of outputs and states.
