@@ -7,6 +7,7 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[2]
 EVALUATION = _ROOT / "compat" / "default_model" / "README.md"
 BENCH = _ROOT / "ci" / "bench" / "RESULTS.md"
+NEEDLES = _ROOT / "ci" / "bench" / "NEEDLES.md"
 MODELS = _ROOT / "compat" / "families" / "README.md"
 
 
