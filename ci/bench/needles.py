@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import torch
 import transformers
@@ -64,17 +65,17 @@ class Scale:
     chunk: int = 2048  # Of exact gradients; of no consequence for the result.
     cut: int = 512
     share: int = 4  # Truncated gradients are those of the last such part of a text.
-    times: int = 4
+    times: int = 3
     growing: tuple[Stage, ...] = (
-        Stage(256, 200, 32),
-        Stage(512, 40, 32),
-        Stage(1024, 40, 16),
-        Stage(2048, 30, 16),
-        Stage(4096, 30, 16),
-        Stage(8192, 24, 16),
+        Stage(256, 240, 32),
+        Stage(512, 30, 32),
+        Stage(1024, 20, 16),
+        Stage(2048, 16, 16),
+        Stage(4096, 12, 16),
+        Stage(8192, 12, 16),
     )
-    short: tuple[Stage, ...] = (Stage(256, 240, 32), Stage(512, 60, 32))
-    long: tuple[Stage, ...] = (Stage(8192, 30, 16),)
+    short: tuple[Stage, ...] = (Stage(256, 240, 32), Stage(512, 30, 32))
+    long: tuple[Stage, ...] = (Stage(8192, 24, 16),)
     lengths: tuple[int, ...] = (8192, 16_384, 32_768)
     threads: int = 1  # A model as small as this gains nothing from a second one.
 
@@ -183,7 +184,8 @@ def make_model(scale: Scale, seed: int) -> Mamba2Model:
     model: Mamba2Model = Mamba2Model(config).train()
     with torch.no_grad():
         for layer in model.layers:
-            mixer, heads = layer.mixer, config.num_heads
+            mixer: Any = layer.mixer
+            heads = len(mixer.A_log)
             rates = torch.linspace(math.log(1e-3), math.log(1e-1), heads)
             mixer.A_log.copy_(rates[torch.randperm(heads)])
             steps = torch.linspace(math.log(1e-3), math.log(1e-1), heads).exp()
@@ -246,6 +248,9 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
+        if stage is not every[min(step + 1, len(every) - 1)] or step + 1 == len(every):
+            said = f"{way.format(cut=scale.cut)}, {stage.length:,} tokens"
+            print(f"{said}: a loss of {losses[-1]:.2f}", flush=True)
     return time.process_time() - start, statistics.mean(losses[-10:])
 
 
