@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import math
 import statistics
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -42,7 +41,8 @@ SLOT = 128
 """Tokens in which a name stands once."""
 
 EXACT, TRUNCATED, CUT = "exact gradients", "truncated gradients", "texts cut to {cut:,}"
-AGAIN, WHOLE, START = "the same, {times} times the steps", "the same, reading all", "the start"
+WHOLE, START = "the same, reading all", "the start"
+AGAIN = TRUNCATED + ", {times} times the steps"
 _SHARPNESS = 10.0
 _PLACES = 4
 
@@ -278,9 +278,9 @@ def find(model: PreTrainedModel, scale: Scale, cut_to: int | None = None) -> lis
 # The tables.
 
 
-def trained(
+def compared(
     begin: PreTrainedModel, stages: Sequence[Stage], rate: float, scale: Scale, seed: int
-) -> itertools.chain[Line]:
+) -> Iterator[Line]:
     """Train a copy of a model in each way; the lines come as they are made."""
 
     def lines(way: str, times: int = 1) -> list[Line]:
@@ -293,8 +293,9 @@ def trained(
         whole = Line(WHOLE, None, None, find(model, scale))
         return [Line(title, seconds, loss, find(model, scale, scale.cut)), whole]
 
-    ways = ((EXACT, 1), (TRUNCATED, 1), (TRUNCATED, scale.times), (CUT, 1))
-    return itertools.chain.from_iterable(lines(*way) for way in ways)
+    ways = ((EXACT, 1), (TRUNCATED, 1), (CUT, 1), (TRUNCATED, scale.times))
+    for way, times in ways:
+        yield from lines(way, times)
 
 
 def table(lines: Sequence[Line]) -> str:
@@ -317,37 +318,47 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def from_scratch(scale: Scale, seed: int) -> Iterator[Line]:
+    """Train in each way from random weights, on longer and longer texts."""
+    return compared(make_model(scale, seed), scale.growing, 1e-2, scale, seed)
+
+
+def after_short(scale: Scale, seed: int) -> Iterator[Line]:
+    """Train on short texts, and go on with long ones in each way."""
+    model = make_model(scale, seed)
+    seconds, loss = train(model, EXACT, scale.short, 1e-2, scale, seed)
+    yield Line(START, seconds, loss, find(model, scale))
+    yield from compared(model, scale.long, 5e-3, scale, seed + 1)
+
+
+TABLES = {"scratch": from_scratch, "short": after_short}
+
+
 def described(stages: Sequence[Stage]) -> str:
     """Say how many steps on texts of which length."""
     parts = [f"{s.length:,} ({s.steps} steps of {s.batch} texts)" for s in stages]
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
 
-def section(growing: Sequence[Line], longer: Sequence[Line], scale: Scale, seed: int) -> str:
-    """Write the section of NEEDLES.md."""
+def section(name: str, lines: Sequence[Line], scale: Scale, seed: int) -> str:
+    """Write a section of NEEDLES.md."""
     found, smoke = machine(scale.threads, scale == SMOKE), scale == SMOKE
-    about = (
-        f"`python -m ci.bench.needles --seed {seed}`, on {datetime.now(UTC):%Y-%m-%d}, in "
-        f"{time.process_time() / 60:.0f} minutes of one thread of {found['cpu']}, Python "
-        f"{found['python']}, torch {found['torch']}, transformers {found['transformers']}. Mamba2 "
-        f"of one layer of {scale.width}, state {scale.state}, float32. {NAMES} queries, each for "
-        f"one of {NAMES} texts that were not trained on; by chance recall@1 is {1 / NAMES:.3f}, "
-        f"and the loss {math.log(NAMES):.2f}. The last columns are recall@1 by the place of the "
-        "needle, as parts of the text."
-    )
-    first = (
-        f"**From scratch.** Texts of {described(scale.growing)} tokens, one length after the "
-        f"other. Truncated gradients are those of the last 1/{scale.share} of a text, at each "
-        f"length: the needle is never in it. Where texts are cut to {scale.cut:,} tokens, shorter "
-        "ones are whole."
-    )
-    second = (
-        f"**After short texts.** All begin from one model, trained on whole texts of "
-        f"{described(scale.short)} tokens. Then texts of {described(scale.long)} tokens."
+    about = {
+        "scratch": f"From random weights, on texts of {described(scale.growing)} tokens, one "
+        f"length after the other. Truncated gradients are those of the last 1/{scale.share} of a "
+        f"text, at each length: the needle is never in it. Where texts are cut to {scale.cut:,} "
+        "tokens, shorter ones are whole.",
+        "short": f"From one model (*{START}*), trained on whole texts of {described(scale.short)} "
+        f"tokens; then on texts of {described(scale.long)} tokens. Truncated gradients are those "
+        f"of the last 1/{scale.share} of a text.",
+    }[name]
+    made = (
+        f"`python -m ci.bench.needles --only {name} --seed {seed}`, on "
+        f"{datetime.now(UTC):%Y-%m-%d}, one thread of {found['cpu']}, Python {found['python']}, "
+        f"torch {found['torch']}, transformers {found['transformers']}."
     )
     parts = ["**Smoke sizes: these numbers say nothing.**"] if smoke else []
-    parts += [textwrap.fill(about, 100), textwrap.fill(first, 100), table(growing)]
-    return "\n\n".join([*parts, textwrap.fill(second, 100), table(longer)])
+    return "\n\n".join([*parts, textwrap.fill(f"{about} {made}", 100), table(lines)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -355,27 +366,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--readme", action="store_true", help="write ci/bench/NEEDLES.md, too")
     parser.add_argument("--smoke", action="store_true", help="two steps on short texts")
+    parser.add_argument("--only", choices=[*TABLES], help="one of the two tables")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     scale, seed = SMOKE if options.smoke else Scale(), options.seed
     torch.set_num_threads(scale.threads)
     transformers.logging.set_verbosity_error()
-    growing, longer = list[Line](), list[Line]()
-
-    def note(line: Line, lines: list[Line]) -> None:
-        lines.append(line)
-        print(*table([line]).splitlines()[2:], sep="\n", flush=True)
-        if options.readme:  # What is found is kept, whatever comes.
-            markers.put("needles", section(growing, longer, scale, seed), markers.NEEDLES)
-
-    for line in trained(make_model(scale, seed), scale.growing, 1e-2, scale, seed):
-        note(line, growing)
-    model = make_model(scale, seed)
-    seconds, loss = train(model, EXACT, scale.short, 1e-2, scale, seed)
-    note(Line(START, seconds, loss, find(model, scale)), longer)
-    for line in trained(model, scale.long, 5e-3, scale, seed + 1):
-        note(line, longer)
-    print(f"\n{section(growing, longer, scale, seed)}")
+    for name in [options.only] if options.only else TABLES:
+        lines, text = list[Line](), ""
+        for line in TABLES[name](scale, seed):
+            lines.append(line)
+            print(*table([line]).splitlines()[2:], sep="\n", flush=True)
+            text = section(name, lines, scale, seed)
+            if options.readme:  # What is found is kept, whatever comes.
+                markers.put(name, text, markers.NEEDLES)
+        print(f"\n{text}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -110,20 +110,20 @@ def test_the_right_text_is_first_where_a_model_reads_the_needle(monkeypatch):
 
 def test_it_trains_and_writes_its_tables(tmp_path, monkeypatch, capsys):
     path = tmp_path / "NEEDLES.md"
-    path.write_text("before\n\n<!-- needles -->\nold\n<!-- /needles -->\n\nafter\n")
+    sections = [f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in needles.TABLES]
+    path.write_text("\nbetween\n".join(sections))
     monkeypatch.setattr(markers, "NEEDLES", path)
     needles.main(["--smoke", "--readme"])
-    text = path.read_text()
-    assert text.startswith("before\n\n<!-- needles -->\n**Smoke sizes")
-    assert text.endswith("|\n<!-- /needles -->\n\nafter\n")
-    assert (
-        text[len("before\n\n<!-- needles -->\n") :].partition("\n<!--")[0]
-        in capsys.readouterr().out
-    )
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    rows = [row for row in rows if len(row) == 10 and re.fullmatch(r"[\d,]+", row[3])]
-    ways = [needles.EXACT, needles.TRUNCATED, "the same, 2 times the steps"]
-    ways += ["texts cut to 128", needles.WHOLE]
-    assert [row[0] for row in rows if row[0]] == [*ways, needles.START, *ways]
-    assert [row[3] for row in rows] == ["256", "512"] * 11
-    assert all(0 <= float(number) <= 1 for row in rows for number in row[4:])
+    parts = path.read_text().split("\nbetween\n")
+    printed = capsys.readouterr().out
+    ways = [needles.EXACT, needles.TRUNCATED, "texts cut to 128", needles.WHOLE]
+    ways.append("truncated gradients, 2 times the steps")
+    for name, part, begin in zip(needles.TABLES, parts, ([], [needles.START]), strict=True):
+        text = part.removeprefix(f"<!-- {name} -->\n").removesuffix(f"\n<!-- /{name} -->\n")
+        assert text.startswith("**Smoke sizes")
+        assert f"{text}\n" in printed
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+        rows = [row for row in rows if row and re.fullmatch(r"[\d,]+", row[3])]
+        assert [row[0] for row in rows if row[0]] == begin + ways
+        assert [row[3] for row in rows] == ["256", "512"] * len(begin + ways)
+        assert all(0 <= float(number) <= 1 for row in rows for number in row[4:])
