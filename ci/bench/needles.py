@@ -1,11 +1,11 @@
-"""Train on answers that lie far back: `python -m ci.bench.needles [--readme]`, half an hour.
+"""Train on answers that lie far back: `python -m ci.bench.needles [--readme]`, 15 minutes.
 
 A text of 8,192 tokens names, once and in its first half, who it is about; it mentions other names
 all along. A small Mamba2 embeds texts and queries by their last token, and is trained from the same
 weights on the same texts in three ways: with the gradients of one pass (`compat.pooled`, in
-chunks), with gradients that end where the last chunk begins, and on texts cut to 512 tokens. Then
-each query looks for its text among 256 that were kept. Prints a table after each training, which
-`--readme` also puts into NEEDLES.md.
+chunks), with gradients that end where the last quarter begins, and on texts cut to 512 tokens. Then
+each query looks for its text among 256 that were kept. Prints each line as it comes, and two
+tables, which `--readme` also puts into NEEDLES.md.
 """
 
 from __future__ import annotations
