@@ -8,6 +8,7 @@ _ROOT = Path(__file__).parents[2]
 README = _ROOT / "README.md"
 EVALUATION = _ROOT / "compat" / "default_model" / "README.md"
 BENCH = _ROOT / "ci" / "bench" / "RESULTS.md"
+NEEDLES = _ROOT / "ci" / "bench" / "NEEDLES.md"
 MODELS = _ROOT / "compat" / "families" / "README.md"
 
 

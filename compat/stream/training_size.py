@@ -75,7 +75,7 @@ def costs(backbone: PreTrainedModel, family: Family) -> tuple[int, int]:
     """
     kind = backbone.device.type
     way = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), backbone.training
-    key = way, sum(p.requires_grad for p in backbone.parameters())
+    key = way, backbone.dtype, sum(p.requires_grad for p in backbone.parameters())
     known = _costs.setdefault(backbone, {})
     if key not in known:
         with same_random_numbers(backbone.device), torch.enable_grad():

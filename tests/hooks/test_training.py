@@ -35,9 +35,10 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def require_same(model, loss, size=7):
+def require_same(model, loss, size=7, dropout=True):
     """Compare the gradients of a loss in chunks with those of the released way."""
     model.train()
+    model.transformers_model.train(dropout)
     model.training_chunk_size = None
     wanted = gradients(model, loss)
     model.training_chunk_size = size
@@ -49,6 +50,10 @@ def require_same(model, loss, size=7):
     for name, one in wanted.items():
         off = float((found[name] - one).abs().max() / one.abs().max())
         assert off <= GRADIENTS[torch.float32], name
+
+
+def test_a_model_whose_dropout_is_off_is_trained_in_chunks(model):
+    require_same(model, losses.MultipleNegativesRankingLoss(model), dropout=False)
 
 
 @pytest.mark.parametrize(
