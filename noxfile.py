@@ -166,4 +166,5 @@ def bench(session):
     install(session, "demo")
     session.run("python", "-m", "ci.bench", *session.posargs, env=OFFLINE)
     if {*session.posargs} <= {"--readme", "--smoke"}:
-        session.run("python", "-m", "ci.bench.chunk_sizes", *session.posargs, env=OFFLINE)
+        for part in ["chunk_sizes", "short_texts"]:
+            session.run("python", "-m", f"ci.bench.{part}", *session.posargs, env=OFFLINE)

@@ -23,13 +23,14 @@ import transformers
 import compat
 from ci import corpus
 from ci.bench.__main__ import machine
-from ci.bench.contenders import Sizes, make_model, projections
+from ci.bench.contenders import HYBRID, Sizes, make_model, projections
 from ci.tables import markers
 from compat.default_model import load_default_model
 from compat.families.lookup import backbone_of
 
 BATCH, CHUNK = 32, 512
-MODELS = {"Mamba2 130M": "mamba2"}
+MODELS = {"Mamba2 130M": "mamba2", "four layers of Qwen3.5 0.8B": HYBRID}
+SMALL = Sizes(2, 128, 16, wide=128)
 
 
 def texts_of(tokenizer: Any, count: int) -> list[str]:
@@ -60,11 +61,10 @@ def within(model: Any, encode: Callable[[], object]) -> tuple[float, float]:
         return time.perf_counter() - start, own[0]
 
 
-def measure(name: str, dtype: str, count: int, layers: int | None, rounds: int) -> list[str]:
+def measure(name: str, dtype: str, count: int, sizes: Sizes, rounds: int) -> list[str]:
     """Return a line of the table."""
     model: Any = load_default_model(device="cpu")
     vocabulary = model.transformers_model.config.vocab_size
-    sizes = Sizes() if layers is None else Sizes(layers=layers, hidden_size=128, state_size=16)
     model[0].model = make_model(MODELS[name], sizes, dtype, vocabulary)
     texts = texts_of(model.tokenizer, count)
     tokens = sum(len(ids) for ids in model.tokenizer(texts)["input_ids"])
@@ -113,12 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    count, layers, rounds = (64, 2, 1) if options.smoke else (1000, None, options.rounds)
+    count, sizes, rounds = (64, SMALL, 1) if options.smoke else (1000, Sizes(), options.rounds)
     rows = []
     with compat.vertical_chunking():
         for name in MODELS:
             for dtype in ("float32", "bfloat16"):
-                rows.append(measure(name, dtype, count, layers, rounds))
+                rows.append(measure(name, dtype, count, sizes, rounds))
                 print(*rows[-1], sep="  ", flush=True)
     text = section(rows, count, options.smoke)
     print(f"\n{text}")

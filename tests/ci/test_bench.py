@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from ci.bench import __main__ as bench
-from ci.bench import chunk_sizes, contenders, plots
+from ci.bench import chunk_sizes, contenders, plots, short_texts
 from ci.bench.contenders import (
     BATCH,
     FLOOR,
@@ -240,6 +240,16 @@ def test_sizes_of_chunks_are_compared_in_every_shape(monkeypatch, tmp_path, caps
     text = page.read_text()
     assert "**Smoke sizes" in text
     assert text.count("| float32 |") == text.count("| bfloat16 |") == len(chunk_sizes.SHAPES)
+
+
+def test_short_texts_are_measured_in_every_model(monkeypatch, tmp_path):
+    page = tmp_path / "RESULTS.md"
+    page.write_text("before\n<!-- short-texts -->\n<!-- /short-texts -->\nbehind\n")
+    monkeypatch.setattr(markers, "BENCH", page)
+    short_texts.main(["--smoke", "--readme"])
+    text = page.read_text()
+    assert "**Smoke sizes" in text
+    assert all(text.count(f"| {name} |") == 2 for name in short_texts.MODELS)
 
 
 def test_a_size_that_misses_its_goal_is_bold():
