@@ -1,5 +1,6 @@
 """Corpora on Ray: the rows of the command, and nothing lost, doubled or stale whoever is killed."""
 
+import hashlib
 import os
 import pickle
 import signal
@@ -110,6 +111,33 @@ def test_a_dataset_has_the_commands_rows_and_its_doubled_ids_are_named(model, ca
     assert told.count("x: found the id more than once") == 2
     assert "a row without an id: found null" in told
     assert "y: found null in column 'text'" in told
+
+
+def test_of_a_million_rows_only_those_that_are_missing_are_embedded(model):
+    """Let a stand-in for the model have written the million: one vector for all."""
+    count, of_a_file = 1_000_000, 10_000
+    assert (
+        embed(ray.data.from_arrow(pa.table({"id": ["a"], "text": ["b"]})), model, id_column="id")
+        == 0
+    )
+    (path,) = Path("out").glob("part-*")
+    one = pq.ParquetFile(path).read()
+    Path("in").mkdir()
+    for start in range(0, count, of_a_file):
+        ids = [f"{i:07}" for i in range(start, start + of_a_file)]
+        given = pa.table({"id": ids, "text": ids})
+        pq.write_table(given, f"in/{start:07}.parquet")
+        made = one.take([0] * (of_a_file - 1))  # The last one of each file is missing.
+        hashes = [hashlib.sha256(name.encode()).hexdigest() for name in ids]
+        for name, column in (("id", ids), ("sha256", hashes)):
+            place = one.schema.get_field_index(name)
+            made = made.set_column(place, one.schema.field(name), pa.array(column[:-1]))
+        pq.write_table(made, f"out/part-000002-{start:032}.parquet")
+    missing = [f"{i:07}" for i in range(of_a_file - 1, count, of_a_file)]
+    assert embed(ray.data.read_parquet("in"), model, id_column="id") == 0
+    third = [pq.ParquetFile(path).read() for path in Path("out").glob("part-000003-*")]
+    assert sorted(pa.concat_tables(third)["id"].to_pylist()) == missing
+    assert len(table()) == len(set(table()["id"].to_pylist())) == count + 1
 
 
 def test_what_has_changed_is_anew_and_what_failed_is_tried_again(model):
