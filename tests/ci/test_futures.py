@@ -20,16 +20,10 @@ ROOT = Path(__file__).parents[2]
 PAIRS = futures.pairs()
 # One of each kind; `nox -s test-futures` runs all.
 SOME = [
-    "the state renamed; its old name deprecated, mamba2",
     "the state renamed to what another family calls it, mamba",
-    "the state renamed in what the model returns, xlstm",
-    "the mixer's arguments by keyword only, mamba",
     "the mixer returns a pair, bamba",
     "the scan's arguments in another order, rwkv",
-    "a new argument for the scan, None, rwkv",
-    "the scan in another module, called through it, mamba2",
     "time steps not clamped by the scan, mamba2",
-    "D not added where a new setting says so, mamba2",
     "a factor on the output of the second mixer, bamba",
 ]
 

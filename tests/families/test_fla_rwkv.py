@@ -15,8 +15,10 @@ import compat
 from compat import ops
 from compat.families import fla_rwkv
 from compat.hooks.report import Report
-from tests.families.test_fla import DEVICE, GPU, TEXTS, tiny
 from tests.laws.test_model import alone, in_chunks, tokens
+
+pytest.importorskip("fla", reason="flash-linear-attention: `nox -s test-fla`")
+from tests.families.test_fla import DEVICE, GPU, TEXTS, tiny
 
 pytestmark = [
     pytest.mark.skipif(GPU, reason="on a GPU fla's own kernels run"),

@@ -399,6 +399,7 @@ def faulty():
     return package, {name: run(package, **case) for name, case in CASES.items()}
 
 
+@pytest.mark.slow  # Another build of the kernels.
 @pytest.mark.parametrize("name", CASES)
 def test_order_of_threads_is_invisible(faulty, name):
     package, expected = faulty
@@ -421,6 +422,7 @@ def first_difference(package, expected):
     return None
 
 
+@pytest.mark.slow  # Another build of the kernels.
 @pytest.mark.parametrize("name", NAMES)
 def test_mutant_is_caught(faulty, name):
     with emulation.mutant(NAMES.index(name) + 1):
