@@ -62,14 +62,15 @@ def fastest_chunk_size(model: nn.Module, *, memory: int | None = None, batch_siz
     """
     inner: Any = getattr(model, "transformers_model", None) or model
     backbone, family = backbone_of(inner)
-    size = settled("auto", backbone.device)
+    weight = next(backbone.parameters())
+    size = settled("auto", weight.device)
     if memory is None:
         return size
     require_support()
-    key = f"{backbone.dtype} {backbone.device}"
+    key = f"{weight.dtype} {weight.device}"
     known = _costs.setdefault(backbone, {})
     if key not in known:
-        ids = torch.zeros(1, 2 * _SMALLEST, dtype=torch.int64, device=backbone.device)
+        ids = torch.zeros(1, 2 * _SMALLEST, dtype=torch.int64, device=weight.device)
         peaks = []
         for tokens in (_SMALLEST, 2 * _SMALLEST):
             with torch.no_grad(), _peak() as peak:

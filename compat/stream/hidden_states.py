@@ -69,7 +69,7 @@ def iter_chunks(
     """
     backbone, family = backbone_of(model)
     require_support()
-    size = settled(vertical_chunk_size, backbone.device)
+    size = settled(vertical_chunk_size, input_ids.device)
     check_inputs(input_ids, attention_mask)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -135,7 +135,7 @@ def last_hidden_state(
     """
     backbone, family = backbone_of(model)
     require_support()
-    size = settled(vertical_chunk_size, backbone.device)
+    size = settled(vertical_chunk_size, input_ids.device)
     check_inputs(input_ids, attention_mask)
     tokens, lengths = align_left(input_ids, attention_mask)
     if (empty := (lengths == 0).nonzero()[:, 0]).numel():
