@@ -6,11 +6,14 @@ plain to see. Memory beside an input is NaN, and so is memory that a kernel allo
 filling it.
 """
 
+import collections
 import functools
+import importlib
 import itertools
 import math
 import sys
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from hypothesis import strategies as st
 from support import ssd_oracle as oracle
 from support.ssd_oracle import error
 from support.tolerances import KERNEL_SSD, KERNEL_SSD_SLACK, NO_WORSE_FACTOR
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ci import forks
 from ci.kernels import interpreter
@@ -360,6 +364,44 @@ def test_padding_is_invisible(fused):
     for name in PER_TOKEN:
         if name in leaves:
             assert not other[f"d{name}"][case.seq_idx == PAD].any()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["scan", "fused"])
+def test_rows_without_padding_launch_what_the_release_does(fused):
+    """Count torch's ops and the kernels, forward and backward, with `seq_idx`."""
+    case = Case(fused=fused, rows=(((0, 20),),), initial=True, norm="after" if fused else None)
+    assert launches("patched", case) == launches("stock", case)
+
+
+def launches(source: str, case: Case) -> collections.Counter[str]:
+    """Count by name what a call launches beside the interpreter's own copies."""
+    found: collections.Counter[str] = collections.Counter()
+    executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
+    released, inside = executor.__call__, [0]
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found[str(func)] += not inside[0]
+            return func(*args, **(kwargs or {}))
+
+    def launch(self, *args, **kwargs):
+        found[self.fn.__name__] += 1
+        inside[0] += 1
+        try:
+            return released(self, *args, **kwargs)
+        finally:
+            inside[0] -= 1
+
+    leaves = inputs(case)
+    loaded = ops(source)
+    with mock.patch.object(executor, "__call__", launch), Count():
+        out, *final = call_kernels(loaded, case, leaves, case.seq_idx)
+        torch.autograd.grad(
+            [out, *final], list(leaves.values()), [torch.ones_like(t) for t in (out, *final)]
+        )
+    loaded.check_guards()
+    assert found["_chunk_scan_fwd_kernel"] == 1
+    return +found
 
 
 @pytest.mark.slow

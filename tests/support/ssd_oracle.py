@@ -134,7 +134,8 @@ def fused(
 
     zxbcdt is (batch, seqlen, 2 d_nonssm + 2 dim + 2 ngroups dstate + nheads), in the order gate and
     value of a gated MLP, z, x, B, C, dt; conv1d_weight (dim + 2 ngroups dstate, width). Returns the
-    output, 0 at padding, the final SSM states and the final conv states.
+    output, the final SSM states and the final conv states. At padding the scan's output is 0; the
+    MLP and out_proj take it as any token.
     """
     zxbcdt, rmsnorm_weight, outproj_weight, outproj_bias = _double(
         zxbcdt, rmsnorm_weight, outproj_weight, outproj_bias
@@ -180,8 +181,6 @@ def fused(
     if outproj_weight is not None:
         out = out @ outproj_weight.T
         out = out if outproj_bias is None else out + outproj_bias
-    if seq_idx is not None:
-        out = out.masked_fill((seq_idx < 0)[..., None], 0.0)
     return out, final_states, final_conv_states
 
 
