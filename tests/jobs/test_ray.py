@@ -134,7 +134,7 @@ def test_of_a_million_rows_only_those_that_are_missing_are_embedded(model):
             made = made.set_column(place, one.schema.field(name), pa.array(column[:-1]))
         pq.write_table(made, f"out/part-000002-{start:032}.parquet")
     missing = [f"{i:07}" for i in range(of_a_file - 1, count, of_a_file)]
-    assert embed(ray.data.read_parquet("in"), model, id_column="id") == 0
+    assert embed(ray.data.read_parquet(f"{Path('in').absolute()}"), model, id_column="id") == 0
     third = [pq.ParquetFile(path).read() for path in Path("out").glob("part-000003-*")]
     assert sorted(pa.concat_tables(third)["id"].to_pylist()) == missing
     assert len(table()) == len(set(table()["id"].to_pylist())) == count + 1
