@@ -69,8 +69,8 @@ def iter_chunks(
     """
     backbone, family = backbone_of(model)
     require_support()
-    size = settled(vertical_chunk_size, input_ids.device)
     check_inputs(input_ids, attention_mask)
+    size = settled(vertical_chunk_size, input_ids.device)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     first, lengths = spans(attention_mask)
@@ -135,8 +135,8 @@ def last_hidden_state(
     """
     backbone, family = backbone_of(model)
     require_support()
-    size = settled(vertical_chunk_size, input_ids.device)
     check_inputs(input_ids, attention_mask)
+    size = settled(vertical_chunk_size, input_ids.device)
     tokens, lengths = align_left(input_ids, attention_mask)
     if (empty := (lengths == 0).nonzero()[:, 0]).numel():
         raise ValueError(f"Row {int(empty[0])} has no token: there is no last hidden state.")
