@@ -203,12 +203,10 @@ def section(report: dict[str, Any], runs: Runs, sizes: Sizes) -> str:
         **report["machine"],
     )
     head = ["", "goal", *READERS]
-    rows = [head, ["---"] * len(head), *([row.get(key, "") for key in head] for row in table(runs))]
-    markdown = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    markdown = markers.table(head, ([row.get(key, "") for key in head] for row in table(runs)))
     seconds = "\n".join(f"    {line}" for name, run in runs.items() for line in lines(name, run))
-    smoke = [] if sizes == Sizes() else ["**Smoke sizes: these numbers say nothing.**"]
-    about, note = (textwrap.fill(text.strip(), 100) for text in (about, LEFT_OUT))
-    return "\n\n".join([*smoke, about, markdown, seconds, note])
+    note = textwrap.fill(LEFT_OUT, 100)
+    return markers.section(about, markdown, seconds, note, smoke=sizes != Sizes())
 
 
 def machine(threads: int, smoke: bool) -> dict[str, Any]:

@@ -12,42 +12,28 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
 import torch
 import transformers
-from transformers import Mamba2Config, Mamba2Model
+from transformers import PreTrainedModel
 
 from ci.bench.__main__ import machine
-from ci.bench.contenders import VOCABULARY, ours, projections
+from ci.bench.contenders import Sizes, make_model, ours, projections
 from ci.bench.profile_layer import rounds
 from ci.tables import markers
 
-# Layers, their width, and the groups of B and C; heads of 64, a state of 128.
-SHAPES = {"130M": (4, 768, 1), "1.3B": (2, 2048, 1), "7B": (1, 4096, 8)}
+SHAPES = {"130M": Sizes(4, 768), "1.3B": Sizes(2, 2048), "7B": Sizes(1, 4096, groups=8)}
 SIZES = (256, 512, 1024, 2048, 4096)
 GOAL = 1.05
 
 Found = dict[str, list[float]]
 
 
-def model_of(shape: str, dtype: str, divided_by: int = 1) -> Mamba2Model:
-    """Make some layers of a shape, or of one that is so many times narrower."""
-    layers, width, groups = SHAPES[shape]
-    config = Mamba2Config(
-        vocab_size=VOCABULARY, hidden_size=width // divided_by, num_hidden_layers=layers,
-        num_heads=width // 32, head_dim=64 // divided_by, state_size=128 // divided_by,
-        n_groups=groups,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model: Mamba2Model = Mamba2Model(config).eval().to(getattr(torch, dtype))
-    return model
-
-
-def times(model: Mamba2Model, tokens: int, sizes: Sequence[int], count: int) -> Found:
+def times(model: PreTrainedModel, tokens: int, sizes: Sequence[int], count: int) -> Found:
     """Return the seconds of each round: of each size and of its floor, and of the full pass."""
     work: dict[str, Callable[[], object]] = {}
     for size in (*sizes, tokens):
@@ -83,10 +69,7 @@ def section(rows: Sequence[Sequence[str]], tokens: int, sizes: Sequence[int], sm
         "alone; what is above 1.05 and above those from 512 tokens on is bold."
     )
     head = ["shape", "dtype", "full", *(f"{size:,}" for size in sizes)]
-    lines = [head, ["---"] * len(head), *rows]
-    warning = ["**Smoke sizes: these numbers say nothing.**"] if smoke else []
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([*warning, textwrap.fill(about, 100), table])
+    return markers.section(about, markers.table(head, rows), smoke=smoke)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -103,7 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for shape in options.shapes:
         for dtype in ("float32", "bfloat16"):
-            model = model_of(shape, dtype, scale)
+            own = SHAPES[shape]
+            if options.smoke:
+                own = replace(own, hidden_size=256, state_size=16)
+            model = make_model("mamba2", own, dtype)
             found = times(model, tokens, sizes, 1 if options.smoke else options.rounds)
             rows.append(row(shape, dtype, found, tokens, sizes))
             print(*rows[-1], sep="  ", flush=True)

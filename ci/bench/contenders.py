@@ -26,7 +26,7 @@ HYBRID = "qwen3_5_text"
 READERS = ("native", "torch", RELEASED)
 """What a model runs on: the ops of compat, on their kernels or in plain torch, or transformers."""
 
-VOCABULARY = 256  # A larger one would cost memory and no time.
+_VOCABULARY = 256  # A larger one would cost memory and no time.
 
 Read = Callable[[int], int]
 """Reads texts of which the longest has so many tokens; returns the tokens of all of them."""
@@ -39,6 +39,7 @@ class Sizes:
     layers: int = 24  # Of Mamba-1 and Mamba2; the other models have half as many.
     hidden_size: int = 768  # Of all models; a head of Mamba2 or of attention has 64.
     state_size: int = 128  # Of Mamba2.
+    groups: int = 1  # The same.
     chunk: int = 512  # The vertical chunk size.
     text: int = 8192
     short: int = 4096  # A length for models whose released scan is slow.
@@ -47,7 +48,7 @@ class Sizes:
     rounds: int = 3
 
 
-SMOKE = Sizes(4, 128, 16, 64, 256, short=128, wide=128, lengths=(128, 256), rounds=1)
+SMOKE = Sizes(4, 128, 16, chunk=64, text=256, short=128, wide=128, lengths=(128, 256), rounds=1)
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,12 @@ def reader(contender: Contender, sizes: Sizes) -> Read:
 
 @functools.cache
 def make_model(
-    model_type: str, sizes: Sizes, dtype: str, vocabulary: int = VOCABULARY
+    model_type: str, sizes: Sizes, dtype: str, vocabulary: int = _VOCABULARY
 ) -> PreTrainedModel:
     """Make a model with random weights, by default of the shape of the published one."""
     hidden, heads = sizes.hidden_size, sizes.hidden_size // 64
     own: dict[str, dict[str, Any]] = {
-        "mamba2": {"num_heads": 2 * heads, "n_groups": 1, "state_size": sizes.state_size}
+        "mamba2": {"num_heads": 2 * heads, "n_groups": sizes.groups, "state_size": sizes.state_size}
         | {"head_dim": 64, "rescale_prenorm_residual": False},
         "mamba": {},
         "rwkv": {"context_length": sizes.text},
@@ -171,7 +172,7 @@ def _hybrid(hidden: int) -> dict[str, Any]:
 
 def _ids(rows: int, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
+    return torch.randint(3, _VOCABULARY, (rows, tokens), generator=generator)
 
 
 def ours(backend: Any, rows: int, model: PreTrainedModel, tokens: int, size: int) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -145,9 +144,7 @@ def section(rows: list[Row]) -> str:
         f"chunks of {VERTICAL_CHUNK_SIZE}:"
     )
     head = ["one text file", "tokens", *NEEDED]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *map(cells, rows)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([textwrap.fill(about, 100), table])
+    return markers.section(about, markers.table(head, map(cells, rows), numbers=True))
 
 
 def plot(rows: list[Row], path: Path) -> None:

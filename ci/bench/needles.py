@@ -14,7 +14,6 @@ import argparse
 import copy
 import math
 import statistics
-import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -303,7 +302,7 @@ def table(lines: Sequence[Line]) -> str:
     head = ["trained with", "CPU s", "loss", "tokens", "recall@1", "MRR"]
     parts = range(_PLACES)
     head += [f"{part}/{2 * _PLACES} to {part + 1}/{2 * _PLACES}" for part in parts]
-    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    rows: list[list[str]] = []
     for line in lines:
         about = [line.title]
         about += [
@@ -315,7 +314,7 @@ def table(lines: Sequence[Line]) -> str:
             numbers = [found.recall(), found.reciprocal(), *shares]
             rows.append([*about, f"{found.length:,}", *(f"{x:.2f}" for x in numbers)])
             about = [""] * len(about)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markers.table(head, rows, numbers=True)
 
 
 def from_scratch(scale: Scale, seed: int) -> Iterator[Line]:
@@ -357,8 +356,7 @@ def section(name: str, lines: Sequence[Line], scale: Scale, seed: int) -> str:
         f"{datetime.now(UTC):%Y-%m-%d}, one thread of {found['cpu']}, Python {found['python']}, "
         f"torch {found['torch']}, transformers {found['transformers']}."
     )
-    parts = ["**Smoke sizes: these numbers say nothing.**"] if smoke else []
-    return "\n\n".join([*parts, textwrap.fill(f"{about} {made}", 100), table(lines)])
+    return markers.section(f"{about} {made}", table(lines), smoke=smoke)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

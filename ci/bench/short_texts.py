@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -23,14 +22,13 @@ import transformers
 import compat
 from ci import corpus
 from ci.bench.__main__ import machine
-from ci.bench.contenders import HYBRID, Sizes, make_model, projections
+from ci.bench.contenders import HYBRID, SMOKE, Sizes, make_model, projections
 from ci.tables import markers
 from compat.default_model import load_default_model
 from compat.families.lookup import backbone_of
 
 BATCH, CHUNK = 32, 512
 MODELS = {"Mamba2 130M": "mamba2", "four layers of Qwen3.5 0.8B": HYBRID}
-SMALL = Sizes(2, 128, 16, wide=128)
 
 
 def texts_of(tokenizer: Any, count: int) -> list[str]:
@@ -99,10 +97,7 @@ def section(rows: Sequence[Sequence[str]], count: int, smoke: bool) -> str:
         "is 10 %."
     )
     head = ["model", "dtype", "encode", "over the floor", "beside the model"]
-    lines = [head, ["---"] * len(head), *rows]
-    warning = ["**Smoke sizes: these numbers say nothing.**"] if smoke else []
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([*warning, textwrap.fill(about, 100), table])
+    return markers.section(about, markers.table(head, rows), smoke=smoke)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    count, sizes, rounds = (64, SMALL, 1) if options.smoke else (1000, Sizes(), options.rounds)
+    count, sizes, rounds = (64, SMOKE, 1) if options.smoke else (1000, Sizes(), options.rounds)
     rows = []
     with compat.vertical_chunking():
         for name in MODELS:

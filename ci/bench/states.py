@@ -11,7 +11,6 @@ import argparse
 import itertools
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -235,11 +234,8 @@ def section(rows: Sequence[Row], scale: Scale) -> str:
         "loaded model."
     )
     head = ["", "goal", "with a state", "without", "times"]
-    lines = [head, ["---"] * len(head)]
-    lines += [[row.title, row.goal, row.own, row.other, row.times] for row in rows]
-    smoke = ["**Smoke sizes: these numbers say nothing.**"] if scale == SMOKE else []
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return "\n\n".join([*smoke, textwrap.fill(about, 100), table])
+    lines = [[row.title, row.goal, row.own, row.other, row.times] for row in rows]
+    return markers.section(about, markers.table(head, lines), smoke=scale == SMOKE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from compat.families.base import Family
-from compat.families.in_chunk import in_chunk, is_differentiable, is_in_chunk, replace_released
+from compat.families.in_chunk import OnOps, is_in_chunk, replace_released
 from compat.installed.behaviour import Draw, compare, verdict
 from compat.installed.patches import Held, Patch, arguments, released, wraps
 from compat.installed.recurrent_cache import modeling, parameters
@@ -49,19 +47,6 @@ _KNOWN = _NEEDED | _STATE | {"use_qk_l2norm_in_kernel", "chunk_size"}
 _OF_CONVOLUTION = {"hidden_states", "weight", "bias", "activation"}
 # Models hand these on to both functions, which do not use them.
 _UNUSED = {"cache_position", "input_ids", "position_embeddings", "position_ids", "use_cache"}
-
-
-class DeltaRule(Family):
-    """Models of mixers with the gated delta rule, which are patched while a chunk is run."""
-
-    def forward(
-        self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
-    ) -> tuple[Tensor, Any]:
-        """Run one chunk; see `Family.forward`."""
-        if torch.is_grad_enabled() and not is_differentiable():
-            return super().forward(backbone, input_ids, start, state)
-        with PATCHED[backbone.config.model_type], in_chunk():
-            return super().forward(backbone, input_ids, start, state)
 
 
 @functools.cache  # One object for each function, as torch.compile watches it.
@@ -212,3 +197,9 @@ def on_cpu(model_type: str) -> str | None:
 
 
 PATCHED = {model_type: Held(functools.partial(plan, model_type)) for model_type in RULES}
+
+
+class DeltaRule(OnOps):
+    """Models of mixers with the gated delta rule."""
+
+    patched = PATCHED

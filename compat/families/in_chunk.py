@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from compat import ops
+from compat.families.base import Family
+from compat.installed.patches import Held
 
 _in_chunk: ContextVar[bool] = ContextVar("compat_in_chunk", default=False)
 _differentiable: ContextVar[bool] = ContextVar("compat_differentiable", default=False)
@@ -72,3 +76,22 @@ def replace_released(tensor: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+class OnOps(Family):
+    """Models whose mixers are patched while a chunk is run, except for gradients of other kinds.
+
+    Attributes:
+        patched: The patches of each model type.
+    """
+
+    patched: ClassVar[Mapping[str, Held]]
+
+    def forward(
+        self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
+    ) -> tuple[Tensor, Any]:
+        """Run one chunk; see `Family.forward`."""
+        if torch.is_grad_enabled() and not is_differentiable():
+            return super().forward(backbone, input_ids, start, state)
+        with self.patched[backbone.config.model_type], in_chunk():
+            return super().forward(backbone, input_ids, start, state)

@@ -24,11 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from compat.families import mamba2_kernels, mamba2_probe
-from compat.families.base import Family
-from compat.families.in_chunk import in_chunk, is_differentiable, is_in_chunk, replace_released
+from compat.families.in_chunk import OnOps, is_differentiable, is_in_chunk, replace_released
 from compat.families.mamba2_kernels import Run, portable, split, whole
 from compat.installed import hub_kernels
 from compat.installed.behaviour import Differs
@@ -57,19 +55,6 @@ _NORM_BYTES = 65536  # A group of channels must fit into one block of the norm's
 _full_passes = False
 # True where the running mixer's scan is to be done by `compat.ops`.
 _scan_on_ops: ContextVar[bool] = ContextVar("compat_mamba2_scan_on_ops", default=False)
-
-
-class Mamba2(Family):
-    """Models of Mamba2 mixers, which are patched while a chunk is run."""
-
-    def forward(
-        self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
-    ) -> tuple[Tensor, Any]:
-        """Run one chunk; see `Family.forward`."""
-        if torch.is_grad_enabled() and not is_differentiable():
-            return super().forward(backbone, input_ids, start, state)
-        with PATCHED[backbone.config.model_type], in_chunk():
-            return super().forward(backbone, input_ids, start, state)
 
 
 def _has_kernels(tensor: Tensor) -> bool:
@@ -134,6 +119,12 @@ def _scan_of(module: Any) -> Any:
 
 
 PATCHED = {model_type: Held(functools.partial(plan, model_type)) for model_type in MIXERS}
+
+
+class Mamba2(OnOps):
+    """Models of Mamba2 mixers."""
+
+    patched = PATCHED
 
 
 @contextmanager

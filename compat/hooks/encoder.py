@@ -30,6 +30,7 @@ from compat.hooks.stored_default import (
 from compat.installed.patches import Patch
 
 Hold = Callable[[], AbstractContextManager[None]]
+_Hooks = dict[type, dict[str, Callable[[Any], Callable[..., Any]]]]
 
 
 def installed() -> bool:
@@ -65,7 +66,7 @@ def plan(held: Hold) -> list[Patch]:
         from sentence_transformers.sentence_transformer.modules import Pooling
     except ImportError as error:
         raise _unsupported(str(error)) from error
-    hooks: dict[type, dict[str, Callable[[Any], Callable[..., Any]]]] = {
+    hooks: _Hooks = {
         SentenceTransformer: {
             "encode": functools.partial(calls.hook_encode, held),
             "forward": lambda released: training.hook_forward(
@@ -90,11 +91,7 @@ def plan(held: Hold) -> list[Patch]:
         MultiVectorEncoder: {"_parse_model_config": hook_of_others},
         SparseEncoder: {"_parse_model_config": hook_of_others},
     }
-    for owner, factories in hooks.items():
-        for name in factories:
-            method = getattr(owner, name, None)
-            if not callable(method) or getattr(method, "__isabstractmethod__", False):
-                raise _unsupported(f"{owner.__name__} has no method {name}")
+    _require_methods(hooks)
     if not callable(getattr(Router, "_resolve_route", None)):
         raise _unsupported("Router has no method _resolve_route")
     needed = {"inputs", "show_progress_bar", "output_value"}
@@ -103,13 +100,11 @@ def plan(held: Hold) -> list[Patch]:
     for method in (SentenceTransformer.encode, SentenceTransformer._inference):
         if not _takes_keywords(method):
             raise _unsupported(f"SentenceTransformer.{method.__name__} takes no **kwargs")
-    patches: list[Patch] = [
+    return [
         (SentenceTransformer, KEYWORD, property(get_default, set_default)),
         (SentenceTransformer, training.NAME, training.size_property),
+        *_patches(hooks),
     ]
-    for owner, factories in hooks.items():
-        patches += [(owner, name, make(getattr(owner, name))) for name, make in factories.items()]
-    return patches
 
 
 def _plan_default() -> list[Patch]:
@@ -117,17 +112,31 @@ def _plan_default() -> list[Patch]:
 
     if hasattr(SentenceTransformer, KEYWORD):
         return []
-    hooks: dict[str, Callable[[Any], Callable[..., Any]]] = {
-        "encode": hook_encode,
-        "_get_model_config": hook_get_model_config,
-        "_parse_model_config": hook_parse_model_config,
+    hooks: _Hooks = {
+        SentenceTransformer: {
+            "encode": hook_encode,
+            "_get_model_config": hook_get_model_config,
+            "_parse_model_config": hook_parse_model_config,
+        }
     }
-    patches: list[Patch] = [(SentenceTransformer, KEYWORD, property(get_default, set_default))]
-    for name, make in hooks.items():
-        if not callable(method := getattr(SentenceTransformer, name, None)):
-            raise _unsupported(f"SentenceTransformer has no method {name}")
-        patches.append((SentenceTransformer, name, make(method)))
-    return patches
+    _require_methods(hooks)
+    return [(SentenceTransformer, KEYWORD, property(get_default, set_default)), *_patches(hooks)]
+
+
+def _require_methods(hooks: _Hooks) -> None:
+    for owner, factories in hooks.items():
+        for name in factories:
+            method = getattr(owner, name, None)
+            if not callable(method) or getattr(method, "__isabstractmethod__", False):
+                raise _unsupported(f"{owner.__name__} has no method {name}")
+
+
+def _patches(hooks: _Hooks) -> list[Patch]:
+    return [
+        (owner, name, make(getattr(owner, name)))
+        for owner, factories in hooks.items()
+        for name, make in factories.items()
+    ]
 
 
 def _unsupported(what: str) -> UnsupportedVersionError:

@@ -76,9 +76,8 @@ def hook_forward(held: Hold, original: Method) -> Method:
         size = _get(self)
         # A model whose dropout is off may be trained, too.
         trained = in_training(self) or (self.training and torch.is_grad_enabled())
-        if size is None or kwargs.get(KEYWORD) is not None or not trained:
-            return original(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
+        served = trained and kwargs.get(KEYWORD) is None
+        if size is None or not served or torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
         features = args[0] if args else kwargs["input"]
         task = kwargs.get("task", features.get("task"))

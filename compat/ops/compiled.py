@@ -37,6 +37,24 @@ class _Unavailable(Exception):
     """Raised where there is no library; says why."""
 
 
+class View(ctypes.Structure):
+    """The struct `View` of native/common.h; it holds no reference to its tensor."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("stride", ctypes.c_int64 * 4),
+        ("is_bf16", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor | None) -> View:
+        """Return the view of a tensor of four dimensions, or of none."""
+        if tensor is None:
+            return cls()
+        strides = (ctypes.c_int64 * 4)(*tensor.stride())
+        return cls(tensor.data_ptr(), strides, tensor.dtype == torch.bfloat16)
+
+
 def library() -> ctypes.CDLL | None:
     """Return the library, built if need be; None where it is not available, see `reason`."""
     return _loaded()[0]

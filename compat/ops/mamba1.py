@@ -206,21 +206,11 @@ def _blocks(
     return torch.stack(outputs), state
 
 
-class _View(ctypes.Structure):
-    """The struct `View` of native/mamba1.cpp."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("stride", ctypes.c_int64 * 4),
-        ("is_bf16", ctypes.c_int64),
-    )
-
-
 class _Scan(ctypes.Structure):
     """The struct `Scan` of native/mamba1.cpp."""
 
     _fields_ = (
-        *((name, _View) for name in ("u", "delta", "z", "out", "B", "C")),
+        *((name, compiled.View) for name in ("u", "delta", "z", "out", "B", "C")),
         *((name, ctypes.c_void_p) for name in ("A", "D", "delta_bias", "state")),
         *(
             (name, ctypes.c_int64)
@@ -253,16 +243,9 @@ def _native_scan(
     rows = [None if part is None else part.float().contiguous() for part in (A, D, delta_bias)]
     grouped = [None if part is None else part.unflatten(1, (groups, -1)) for part in (u, delta, z)]
     scan = _Scan(
-        *(_view(part) for part in (*grouped, out.unflatten(1, (groups, -1)), b, c)),
+        *(compiled.View.of(part) for part in (*grouped, out.unflatten(1, (groups, -1)), b, c)),
         *(None if part is None else part.data_ptr() for part in (*rows, state)),
         *(batch, groups, dim // groups, seqlen, dstate, delta_softplus),
     )
     library.compat_mamba1_scan(ctypes.byref(scan), torch.get_num_threads())
     return out, state
-
-
-def _view(tensor: Tensor | None) -> _View:
-    if tensor is None:
-        return _View()
-    strides = (ctypes.c_int64 * 4)(*tensor.stride())
-    return _View(tensor.data_ptr(), strides, tensor.dtype == torch.bfloat16)

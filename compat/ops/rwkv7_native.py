@@ -10,21 +10,11 @@ from torch import Tensor
 from compat.ops import compiled
 
 
-class _View(ctypes.Structure):
-    """The struct `View` of native/rwkv7.cpp."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("stride", ctypes.c_int64 * 3),
-        ("is_bf16", ctypes.c_int64),
-    )
-
-
 class _Wkv(ctypes.Structure):
     """The struct `Wkv` of native/rwkv7.cpp."""
 
     _fields_ = (
-        *((name, _View) for name in ("r", "w", "k", "v", "a", "b", "out")),
+        *((name, compiled.View) for name in ("r", "w", "k", "v", "a", "b", "out")),
         *((name, ctypes.c_void_p) for name in ("bonus", "seq_idx", "state")),
         *((name, ctypes.c_int64) for name in ("batch", "seqlen", "nheads", "dim", "v_dim")),
     )
@@ -51,15 +41,8 @@ def wkv(
     held = {name: x if x.stride(3) == 1 else x.contiguous() for name, x in inputs.items()}
     ids = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
     bonus = None if bonus is None else bonus.float().contiguous()
-    views = (_view(held.get(name)) for name in ("r", "w", "k", "v", "a", "b"))
+    views = (compiled.View.of(held.get(name)) for name in ("r", "w", "k", "v", "a", "b"))
     pointers = (None if x is None else x.data_ptr() for x in (bonus, ids, state))
-    arguments = _Wkv(*views, _view(out), *pointers, *inputs["k"].shape, value.shape[3])
+    arguments = _Wkv(*views, compiled.View.of(out), *pointers, *inputs["k"].shape, value.shape[3])
     library.compat_rwkv7_wkv(ctypes.byref(arguments), torch.get_num_threads())
     return out, state
-
-
-def _view(tensor: Tensor | None) -> _View:
-    if tensor is None:
-        return _View()
-    strides = (ctypes.c_int64 * 3)(*tensor.stride()[:3])
-    return _View(tensor.data_ptr(), strides, tensor.dtype == torch.bfloat16)

@@ -232,20 +232,24 @@ def test_the_results_get_the_section_between_their_markers(tmp_path, measured, m
         bench.main(options)
 
 
-def test_sizes_of_chunks_are_compared_in_every_shape(monkeypatch, tmp_path, capsys):
-    page = tmp_path / "RESULTS.md"
-    page.write_text("before\n<!-- chunk-sizes -->\n<!-- /chunk-sizes -->\nbehind\n")
-    monkeypatch.setattr(markers, "BENCH", page)
+@pytest.fixture
+def page(monkeypatch, tmp_path):
+    """Return a page with markers, to be written in the place of RESULTS.md."""
+    path = tmp_path / "RESULTS.md"
+    sections = (f"<!-- {name} -->\n<!-- /{name} -->" for name in ("chunk-sizes", "short-texts"))
+    path.write_text("\n".join(["before", *sections, "behind", ""]))
+    monkeypatch.setattr(markers, "BENCH", path)
+    return path
+
+
+def test_sizes_of_chunks_are_compared_in_every_shape(page):
     chunk_sizes.main(["--smoke", "--readme"])
     text = page.read_text()
     assert "**Smoke sizes" in text
     assert text.count("| float32 |") == text.count("| bfloat16 |") == len(chunk_sizes.SHAPES)
 
 
-def test_short_texts_are_measured_in_every_model(monkeypatch, tmp_path):
-    page = tmp_path / "RESULTS.md"
-    page.write_text("before\n<!-- short-texts -->\n<!-- /short-texts -->\nbehind\n")
-    monkeypatch.setattr(markers, "BENCH", page)
+def test_short_texts_are_measured_in_every_model(page):
     short_texts.main(["--smoke", "--readme"])
     text = page.read_text()
     assert "**Smoke sizes" in text

@@ -64,6 +64,13 @@ inline bf16 from_float<bf16>(float x) {  // To the nearest, ties to even; NaN st
   return {uint16_t(x == x ? rounded : 0x7fc0)};
 }
 
+// A tensor of four dimensions, of float32 or bfloat16; strides in elements. As in compat/ops/compiled.py.
+struct View {
+  void* data;
+  int64_t stride[4];
+  int64_t is_bf16;
+};
+
 // e^x to 2 units in the last place: 2^n e^r with |r| <= ln(2) / 2, and r's Taylor series to r^7.
 static inline float fast_exp(float x) {
   const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits.

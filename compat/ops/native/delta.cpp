@@ -24,19 +24,6 @@ struct Delta {
   float scale;
 };
 
-struct Products {  // keys and queries times keys
-  const float *both, *kt;
-  float* out;
-  int64_t key_dim;
-  template <int R, int V>
-  void run(int64_t row, int64_t column) const {
-    Vec acc[R][V] = {};
-    multiply<R, V>(both + row * key_dim, key_dim, 1, key_dim, kt + column, INNER, acc);
-    for (int r = 0; r < R; ++r)
-      std::memcpy(out + (row + r) * INNER + column, acc[r], sizeof acc[r]);
-  }
-};
-
 struct Solve {  // u = beta (v - k state) - A u, row by row, in v's place; `minus` is -A
   const float *k, *state, *minus, *beta;
   float* u;
@@ -126,7 +113,7 @@ struct Head {
   // One decay for a head: the products of all pairs, and then their decays.
   void score_by_head(const float* g, int64_t length) {
     for_tiles(2 * length, (length + LANES - 1) / LANES * LANES,
-              Products{both.data(), kt.data(), scores.data(), p.key_dim});
+              Product<INNER>{both.data(), kt.data(), scores.data(), p.key_dim});
     float since[INNER] = {}, start = 1;
     for (int64_t l = 0; l < length; ++l) {
       const float decay = fast_exp(g[l * p.heads]);

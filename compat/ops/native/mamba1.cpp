@@ -9,13 +9,7 @@ namespace {
 constexpr int WIDTH = 16;  // Channels of a tile.
 constexpr int BLOCK = 64;  // Tokens that are loaded at a time.
 
-// A tensor of float32 or bfloat16 with strides in elements. As in compat/ops/mamba1.py.
-struct View {
-  void* data;
-  int64_t stride[4];
-  int64_t is_bf16;
-};
-
+// As in compat/ops/mamba1.py.
 struct Scan {
   View u, delta, z, out;  // (batch, groups, channels, seqlen); z.data may be null.
   View B, C;              // (batch, groups, dstate, seqlen), float32.

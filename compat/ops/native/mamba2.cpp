@@ -41,19 +41,6 @@ struct Segment {
   bool fresh;                  // begins a sequence that is not the row's first
 };
 
-struct Scores {  // C B^T of a segment
-  const float *c, *bt;
-  float* out;
-  int64_t dstate;
-  template <int R, int V>
-  void run(int64_t row, int64_t column) const {
-    Vec acc[R][V] = {};
-    multiply<R, V>(c + row * dstate, dstate, 1, dstate, bt + column, INNER, acc);
-    for (int r = 0; r < R; ++r)
-      std::memcpy(out + (row + r) * INNER + column, acc[r], sizeof acc[r]);
-  }
-};
-
 struct Outputs {  // decayed (C state) + (decayed scores) x, of a head in a segment
   const float *c, *state, *from_start, *mixed, *x;
   float* out;
@@ -221,7 +208,7 @@ void forward(const Mamba2& p) {
       }
       for (int64_t g = 0; g < p.ngroups; ++g)
         for_tiles(s.length, (s.length + LANES - 1) / LANES * LANES,
-                  Scores{&c[place * grouped + g * s.length * p.dstate],
+                  Product<INNER>{&c[place * grouped + g * s.length * p.dstate],
                          own_bt + g * p.dstate * INNER,
                          &scores[(index * p.ngroups + g) * INNER * INNER], p.dstate});
     });

@@ -2,31 +2,16 @@
 #include <algorithm>
 #include <vector>
 
-#include "common.h"
+#include "tiles.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int64_t LANES = 16, PANEL = 4;
-#elif defined(__AVX__)
-constexpr int64_t LANES = 8, PANEL = 2;
-#else
-constexpr int64_t LANES = 4, PANEL = 2;
-#endif
 constexpr int64_t TILE = LANES * PANEL;  // Columns of the state that are held in registers.
 constexpr int64_t BLOCK = 16;            // Tokens that are loaded at a time.
-typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-// (batch, seqlen, nheads, dim) of float32 or bfloat16, the last side by side; strides in elements.
-struct View {
-  void* data;
-  int64_t stride[3];
-  int64_t is_bf16;
-};
-
-// As in compat/ops/rwkv7.py; RWKV-6 has no a and b, and a bonus.
+// As in compat/ops/rwkv7_native.py; RWKV-6 has no a and b, and a bonus.
 struct Wkv {
-  View r, w, k, v, a, b, out;
+  View r, w, k, v, a, b, out;  // (batch, seqlen, nheads, dim), the last side by side.
   const float* bonus;      // (nheads, dim), or null: RWKV-7
   const int32_t* seq_idx;  // (batch, seqlen), contiguous, or null
   float* state;            // (batch, nheads, dim, v_dim), contiguous; before, and then after

@@ -27,6 +27,21 @@ inline void multiply(const float* a, int64_t a_row, int64_t a_step, int64_t coun
   }
 }
 
+// out = a b, of rows of `inner` numbers times columns; b and out have WIDTH columns.
+template <int64_t WIDTH>
+struct Product {
+  const float *a, *b;
+  float* out;
+  int64_t inner;
+  template <int R, int V>
+  void run(int64_t row, int64_t column) const {
+    Vec acc[R][V] = {};
+    multiply<R, V>(a + row * inner, inner, 1, inner, b + column, WIDTH, acc);
+    for (int r = 0; r < R; ++r)
+      std::memcpy(out + (row + r) * WIDTH + column, acc[r], sizeof acc[r]);
+  }
+};
+
 // Calls tile.run<R, V>(row, column) for all of a matrix whose columns are a multiple of LANES.
 template <class Tile>
 inline void for_tiles(int64_t rows, int64_t columns, const Tile& tile) {
