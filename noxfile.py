@@ -160,11 +160,7 @@ def evaluate_model(session):
     session.run("python", "-m", "ci.model.evaluate", *session.posargs, env=OFFLINE)
 
 
-@nox.session(default=False)
+@nox.session(default=False, reuse_venv=False)
 def bench(session):
     """Measure time and memory beside released transformers and a transformer; not a test."""
-    install(session, "demo")
-    session.run("python", "-m", "ci.bench", *session.posargs, env=OFFLINE)
-    if {*session.posargs} <= {"--readme", "--smoke"}:
-        for part in ["chunk_sizes", "short_texts"]:
-            session.run("python", "-m", f"ci.bench.{part}", *session.posargs, env=OFFLINE)
+    sessions.bench(session)

@@ -158,3 +158,17 @@ def test_newest(session: nox.Session) -> None:
     options, arguments = parser.parse_known_args(session.posargs)
     install_newest(session, options.torch)
     session.run("python", "-m", "ci.tables.newest", *arguments, env=OFFLINE | INTERPRET)
+
+
+def bench(session: nox.Session) -> None:
+    """Run the benchmark; without arguments that choose, those beside it, too."""
+    install(session, "demo")
+    session.run("python", "-m", "ci.bench", *session.posargs, env=OFFLINE)
+    if not {*session.posargs} <= {"--readme", "--smoke"}:
+        return
+    for part in ["chunk_sizes", "short_texts", "training"]:
+        session.run("python", "-m", f"ci.bench.{part}", *session.posargs, env=OFFLINE)
+    # Last, as released transformers takes fla wherever it is, which runs on no CPU.
+    install(session, "bench", extras="[fla]")
+    only = ["--only", "rwkv7-float32", "rwkv7-bfloat16"]
+    session.run("python", "-m", "ci.bench", *only, *session.posargs, env=OFFLINE)

@@ -9,6 +9,7 @@ the text; no time makes it fail.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -34,6 +35,7 @@ from ci.bench.contenders import (
     NORMS,
     READERS,
     RELEASED,
+    RWKV7,
     SMOKE,
     TRANSFORMER,
     Contender,
@@ -63,6 +65,7 @@ class Row:
 
 _SINGLE, _HALF = "mamba2-float32", "mamba2-bfloat16"
 _DELTA_SINGLE, _DELTA_HALF = "delta-float32", "delta-bfloat16"
+_RWKV7_SINGLE, _RWKV7_HALF = "rwkv7-float32", "rwkv7-bfloat16"
 ROWS = (
     Row("time over the floor, float32", "at most 1.5", _SINGLE, FLOOR),
     Row("time over the floor, bfloat16", "at most 3", _HALF, FLOOR),
@@ -77,6 +80,10 @@ ROWS = (
     Row("RWKV-4 169M, times faster than released", "at least 10", "rwkv", RELEASED, True),
     Row("delta rule, time over the floor, float32", "at most 1.4", _DELTA_SINGLE, FLOOR),
     Row("delta rule, time over the floor, bfloat16", "at most 1.8", _DELTA_HALF, FLOOR),
+    Row("RWKV-7, time over the floor, float32", "at most 1.4", _RWKV7_SINGLE, FLOOR),
+    Row("RWKV-7, time over the floor, bfloat16", "at most 1.8", _RWKV7_HALF, FLOOR),
+    Row("Mamba-1, time over the floor, bfloat16", "at most 1.5", "mamba-bfloat16", FLOOR),
+    Row("xLSTM, time over the floor, bfloat16", "at most 1.5", "xlstm-bfloat16", FLOOR),
     Row("xLSTM, times faster than released", "at least 1", "xlstm", RELEASED, True),
 )
 PEAK = "peak memory in chunks, float32"
@@ -86,10 +93,11 @@ ABOUT = """
 `python3 -m nox -s bench`, on {date}, with {threads} threads on {cores} cores of {cpu}
 ({instructions}), {memory}, Python {python}, torch {torch}, transformers {transformers}. Mamba2 of
 24 layers of 768, 24 heads of 64, state 128, random weights; batch 1, 8,192 tokens in chunks of 512,
-where nothing else is said; Mamba-1, RWKV-4 and xLSTM: 4,096 tokens, float32. *delta rule*: four
-layers of Qwen3.5 0.8B (1,024 wide, 16 heads of 128, three with the gated delta rule and one with
-attention), 2,048 tokens. *Floor*: the matrix products of the linear layers alone (of Mamba2:
-in_proj and out_proj). *GPT-NeoX*: 12 layers of 768.
+where nothing else is said; Mamba-1, RWKV-4 and xLSTM: 4,096 tokens in float32, 2,048 in bfloat16.
+*delta rule*: four layers of Qwen3.5 0.8B (1,024 wide, 16 heads of 128, three with the gated delta
+rule and one with attention), 2,048 tokens. *RWKV-7*: four layers of its 0.4B (1,024 wide), by fla,
+2,048 tokens; released, it runs on a CPU in Triton's interpreter only. *Floor*: the matrix products
+of the linear layers alone (of Mamba2: in_proj and out_proj). *GPT-NeoX*: 12 layers of 768.
 *native*: this project on its compiled kernels ({native}); *torch*: in plain torch; *released*:
 transformers alone. Ratios are medians of rounds in alternation, with the smallest and the largest;
 memory is that above the loaded model, for {lengths} tokens (native) and the first two of these
@@ -115,10 +123,15 @@ def comparisons(sizes: Sizes) -> dict[str, list[list[Contender]]]:
         names = [FLOOR, *ours, RELEASED]
         return [[Contender(name, sizes.short, sizes.rounds, model) for name in names]]
 
-    def delta(dtype: str) -> list[list[Contender]]:
-        names = [FLOOR, *ours, RELEASED]
-        return [[Contender(n, sizes.text // 4, 2 * sizes.rounds, HYBRID, dtype) for n in names]]
+    def short(model: str, dtype: str, *others: str) -> list[list[Contender]]:
+        names, tokens = [FLOOR, *ours, *others], sizes.text // 4
+        return [[Contender(name, tokens, 2 * sizes.rounds, model, dtype) for name in names]]
 
+    def slow(model: str, dtype: str) -> list[list[Contender]]:
+        [own] = short(model, dtype)
+        return [[*own, Contender(RELEASED, sizes.text // 8, 1, model, dtype)]]
+
+    rwkv7 = {name: short(RWKV7, name.split("-")[1]) for name in (_RWKV7_SINGLE, _RWKV7_HALF)}
     # The number of lengths that each of them reads, from the shortest on.
     reach = dict.fromkeys(ours, 2) | {best: len(sizes.lengths)}
     reach |= {best + FULL: 2, TRANSFORMER: 3, RELEASED: 2}
@@ -133,9 +146,11 @@ def comparisons(sizes: Sizes) -> dict[str, list[list[Contender]]]:
         _HALF: mamba2("bfloat16", sizes.text // 4),
         "lengths": alone,
         "batch": [[Contender(name, sizes.text, sizes.rounds) for name in (best, best + BATCH)]],
-        _DELTA_SINGLE: delta("float32"),
-        _DELTA_HALF: delta("bfloat16"),
+        _DELTA_SINGLE: short(HYBRID, "float32", RELEASED),
+        _DELTA_HALF: short(HYBRID, "bfloat16", RELEASED),
+        **(rwkv7 if importlib.util.find_spec("fla") else {}),
         **{model: family(model) for model in ("mamba", "rwkv", "xlstm")},
+        **{f"{model}-bfloat16": slow(model, "bfloat16") for model in ("mamba", "xlstm")},
     }
 
 

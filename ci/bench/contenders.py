@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from compat.ops import using
 
 FLOOR, NORMS, TRANSFORMER, RELEASED = "floor", "norms", "GPT-NeoX", "released"
 FULL, BATCH = ", full pass", ", batch of 8"
-HYBRID = "qwen3_5_text"
+HYBRID, RWKV7 = "qwen3_5_text", "rwkv7"
 READERS = ("native", "torch", RELEASED)
 """What a model runs on: the ops of compat, on their kernels or in plain torch, or transformers."""
 
@@ -43,7 +44,7 @@ class Sizes:
     chunk: int = 512  # The vertical chunk size.
     text: int = 8192
     short: int = 4096  # A length for models whose released scan is slow.
-    wide: int = 1024  # The hidden size of the hybrid with the gated delta rule, of 4 layers.
+    wide: int = 1024  # The hidden size of the hybrid with the gated delta rule, and of RWKV-7.
     lengths: tuple[int, ...] = (2048, 8192, 32_768, 131_072)  # Read once, with the memory measured.
     rounds: int = 3
 
@@ -131,6 +132,8 @@ def make_model(
     model_type: str, sizes: Sizes, dtype: str, vocabulary: int = _VOCABULARY
 ) -> PreTrainedModel:
     """Make a model with random weights, by default of the shape of the published one."""
+    if model_type == RWKV7:
+        return _rwkv7(sizes.wide, dtype, vocabulary)
     hidden, heads = sizes.hidden_size, sizes.hidden_size // 64
     own: dict[str, dict[str, Any]] = {
         "mamba2": {"num_heads": 2 * heads, "n_groups": sizes.groups, "state_size": sizes.state_size}
@@ -149,6 +152,28 @@ def make_model(
     model: PreTrainedModel = AutoModel.from_config(config, dtype=getattr(torch, dtype))
     model.eval()
     return model
+
+
+def _rwkv7(hidden: int, dtype: str, vocabulary: int) -> PreTrainedModel:
+    """Make four layers of RWKV-7 by fla, of the shape of 0.4B parameters where they are 1,024 wide.
+
+    No weight is 0 or 1, as many are at the start of a training.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fla finds no GPU, and RWKV's authors have advice.
+        from fla.models import RWKV7Config, RWKV7Model
+
+        ranks = {f"{name}_low_rank_dim": hidden // 16 for name in ("decay", "a")}
+        ranks |= {"v_low_rank_dim": hidden // 32, "gate_low_rank_dim": hidden // 8}
+        config = RWKV7Config(
+            vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=4, **ranks
+        )
+        torch.manual_seed(0)
+        model: PreTrainedModel = RWKV7Model(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3 / parameter.shape[-1] ** 0.5)
+    return model.to(getattr(torch, dtype))
 
 
 def _hybrid(hidden: int) -> dict[str, Any]:

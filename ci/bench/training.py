@@ -3,26 +3,29 @@
 A small Mamba2 of 4 layers of 128 (--layers, --width) embeds one text by its mean and takes the
 gradient of a loss, each length in a process of its own: in one pass, in one pass with the layers
 checkpointed, in chunks of 2,048 tokens and of the size that "auto" takes; beside it a GPT-NeoX of
-as many layers. The peak is counted above the model and its gradients; the time is that of the
+half as many layers. The peak is counted above the model and its gradients; the time is that of the
 second step. For chunks, what `compat.stream.training_size` computes stands beside it.
 
 Last comes what it computes for 65,536 tokens of a model of 1.3B parameters, from one and two layers
-of its width.
+of its width. `--readme` writes RESULTS.md, too.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
 import compat
+from ci.bench.__main__ import machine
 from ci.bench.contenders import TRANSFORMER, Sizes, make_model
 from ci.bench.measure import measure
+from ci.tables import markers
 from compat.families.gradients import run
 from compat.families.lookup import backbone_of
 from compat.stream import training_size
@@ -73,56 +76,79 @@ def computed(model: PreTrainedModel, tokens: int, size: int) -> int:
     return training_size.memory(*training_size.costs(*backbone_of(model)), [tokens], size)
 
 
-def table(sizes: Sizes, lengths: list[int]) -> None:
-    """Print a line for each way and length."""
-    print(f"{'':22}{'tokens':>9}{'chunk':>9}{'peak MB':>10}{'computed':>10}{'s':>8}")
-    small: Any = make_model("mamba2", sizes, "float32").train()
+def lines(sizes: Sizes, lengths: Sequence[int]) -> Iterator[list[str]]:
+    """Yield a line of the table for each way and length."""
+    small = make_model("mamba2", sizes, "float32").train()
     for name in (PASS, LAYERS, TRANSFORMER, CHUNKS, AUTO):
         for tokens in lengths:
             if tokens > LONGEST.get(name, tokens):
-                print(f"{name:22}{tokens:9,}{'not run':>19}", flush=True)
+                yield [name, f"{tokens:,}", "", "not run", "", ""]
                 continue
             found = measure(partial(prepare, name, sizes, tokens), step)
-            size = found.result
-            in_chunks = name in (CHUNKS, AUTO)
-            wanted = f"{computed(small, tokens, size) / 1e6:10,.0f}" if in_chunks else " " * 10
-            print(
-                f"{name:22}{tokens:9,}{size:9,}{found.peak_bytes / 1e6:10,.0f}{wanted}"
-                f"{found.seconds:8.1f}",
-                flush=True,
-            )
+            size, wanted = "", ""
+            if name in (CHUNKS, AUTO):
+                size = f"{found.result:,}"
+                wanted = f"{computed(small, tokens, found.result) / 1e6:,.0f} MB"
+            peak = f"{found.peak_bytes / 1e6:,.0f} MB"
+            yield [name, f"{tokens:,}", size, peak, wanted, f"{found.seconds:.1f} s"]
 
 
-def of_a_large_model(tokens: int) -> str:
-    """Say what a text takes in a model of 1.3B parameters, in bfloat16."""
+def large(tokens: int) -> str:
+    """Say what a text takes in a model of 1.3B parameters, in bfloat16, as computed."""
     one, two = (
         training_size.costs(*backbone_of(make_model("mamba2", sizes, "bfloat16").train()))
         for sizes in (Sizes(n, LARGE.hidden_size, LARGE.state_size) for n in (1, 2))
     )
     token, state = (a + (LARGE.layers - 1) * (b - a) for a, b in zip(one, two, strict=True))
-    lines = [
-        f"1.3B, bfloat16, {tokens:,} tokens: {token / 1e6:.1f} MB of activations a token, "
-        f"{state / 1e6:.0f} MB of states a border"
-    ]
-    size = 256
+    rows, size = [], 256
     while size < tokens:
         gigabytes = training_size.memory(token, state, [tokens], size) / 1e9
-        lines.append(f"  chunks of {size:6,}: {gigabytes:6.1f} GB")
+        rows.append([f"{size:,}", f"{gigabytes:.1f} GB"])
         size *= 2
-    return "\n".join([*lines, f"  in one pass:      {token * tokens / 1e9:6,.0f} GB"])
+    rows.append(["one pass", f"{token * tokens / 1e9:,.0f} GB"])
+    about = (
+        f"Computed for 1.3B parameters (48 layers of 2,048) in bfloat16, {tokens:,} tokens: "
+        f"{token / 1e6:.1f} MB of activations a token, {state / 1e6:.0f} MB of states a border."
+    )
+    table = markers.table(["chunks of", "above the model and its gradients"], rows, numbers=True)
+    return markers.section(about, table)
 
 
-def main() -> None:
+def section(rows: Sequence[Sequence[str]], sizes: Sizes, smoke: bool) -> str:
+    """Write the section of RESULTS.md."""
+    found = machine(torch.get_num_threads(), smoke)
+    about = (
+        f"`python -m ci.bench.training`, on {datetime.now(UTC):%Y-%m-%d}, with {found['threads']} "
+        f"threads on {found['cores']} cores of {found['cpu']}, torch {found['torch']}, "
+        f"transformers {found['transformers']}: one step on one text by a Mamba2 of "
+        f"{sizes.layers} layers of {sizes.hidden_size}, float32; beside it a GPT-NeoX of half as "
+        "many layers. *Peak*: above the model and its gradients. *Computed*: by "
+        "`compat.stream.training_size`."
+    )
+    head = ["", "tokens", "chunk", "peak", "computed", "time"]
+    parts = [markers.table(head, rows, numbers=True), large(65_536)]
+    return markers.section(about, *parts, smoke=smoke)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print each line as it comes."""
     transformers.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16_384, 65_536])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
-    options = parser.parse_args()
+    parser.add_argument("--readme", action="store_true", help="write ci/bench/RESULTS.md, too")
+    parser.add_argument("--smoke", action="store_true", help="two short lengths alone")
+    options = parser.parse_args(arguments)
     sizes = Sizes(options.layers, options.width, state_size=64, lengths=(max(LONGEST.values()),))
-    table(sizes, options.lengths)
-    print(of_a_large_model(65_536))
+    rows = []
+    for row in lines(sizes, [512, 1024] if options.smoke else options.lengths):
+        rows.append(row)
+        print(*row, sep="  ", flush=True)
+    text = section(rows, sizes, options.smoke)
+    print(f"\n{text}")
+    if options.readme:
+        markers.put("training", text, markers.BENCH)
 
 
 if __name__ == "__main__":

@@ -70,12 +70,14 @@ def test_the_smoke_size_runs_every_row_and_writes_every_file(tmp_path, monkeypat
     monkeypatch.setattr(contenders, "measure", here)
     assert bench.main(["--smoke", "--threads", "1", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
-    titles = [row.title for row in bench.ROWS] + [bench.PEAK, bench.SPREAD]
+    ran = bench.comparisons(SMOKE)  # RWKV-7 is read where fla is installed.
+    titles = [row.title for row in bench.ROWS if row.comparison in ran]
+    titles += [bench.PEAK, bench.SPREAD]
     assert [row[""] for row in report["rows"]] == titles
     best = ops.backend()
     for row in report["rows"]:
         assert math.isfinite(float(re.match(r"[\d.]+", row[best])[0]))
-    assert set(report["runs"]) == set(bench.comparisons(SMOKE)) == set(report["dates"])
+    assert set(report["runs"]) == set(ran) == set(report["dates"])
     for run in report["runs"].values():
         for timing in run:
             assert timing["seconds"]
