@@ -151,13 +151,19 @@ def test_without_the_optional_inputs():
     check(quick(), inputs(100, optional=False))
 
 
-@pytest.mark.parametrize("variable_c", [False, True])
+@pytest.mark.parametrize("variable_b", [False, True])
 @pytest.mark.parametrize("softplus", [False, True])
-def test_constant_weights(variable_c, softplus):
-    arguments = inputs(100, groups=1, variable_b=False, variable_c=variable_c)
-    check(quick(), arguments, softplus=softplus, through_state=False)
-    arguments = inputs(100, groups=1, variable_c=variable_c)
-    check(quick(), arguments, softplus=softplus)
+def test_constant_weights(variable_b, softplus):
+    """They have no states but the last, and that without a gradient."""
+    for variable_c in (False, not variable_b):
+        arguments = inputs(
+            100, groups=1, variable_b=variable_b, variable_c=variable_c, states=False
+        )
+        check(quick(), arguments, softplus=softplus, through_state=False)
+
+
+def test_without_softplus():
+    check(quick(), inputs(100), softplus=False)
 
 
 def pieces(module, arguments, cuts, length):
@@ -217,10 +223,10 @@ def test_batching_is_invisible():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state[:, :, :2], r"shape \(batch, dim, dstate\) = \(2, 4, 3\)"),
+        (lambda state: state[:, :, :2], r"shape \(batch, dim, dstate\), got \[2, 4, 2\]"),
         (lambda state: state[:1], "shape"),
-        (lambda state: state.to(torch.bfloat16), r"dtype of A \(Float\), got BFloat16"),
-        (lambda state: state.to("meta"), "device of u"),
+        (lambda state: state.to(torch.bfloat16), "float32 on cpu, got BFloat16"),
+        (lambda state: state.to("meta"), "float32 on cpu, got Float on meta"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(change, message):
@@ -230,9 +236,14 @@ def test_a_state_that_does_not_fit_is_refused(change, message):
         quick().selective_scan_fn(**arguments)
 
 
-def test_a_gradient_that_a_constant_b_cannot_have_is_refused():
-    _, last = kernel(quick())(**inputs(100, groups=1, variable_b=False))
-    with pytest.raises(RuntimeError, match="the gradient of the last state needs B of shape"):
+@pytest.mark.parametrize("constant", ["variable_b", "variable_c"])
+def test_what_has_no_states_is_refused(constant):
+    arguments = inputs(100, groups=1, **{constant: False})
+    with pytest.raises(RuntimeError, match="initial_states needs real A, and input-dependent B"):
+        quick().selective_scan_fn(**arguments)
+    del arguments["initial_states"]
+    _, last = kernel(quick())(**arguments)
+    with pytest.raises(RuntimeError, match="the gradient of last_state needs real A"):
         last.sum().backward()
 
 
@@ -283,7 +294,7 @@ def test_every_kind_of_weight(weight, variable_b, variable_c, softplus, source):
         variable_b=variable_b,
         variable_c=variable_c,
         groups=1,
-        states=source == "patched",
+        states=source == "patched" and variable_b and variable_c and not weight.is_complex,
     )
     expected = results(
         selective_scan_oracle, exact(arguments), softplus=softplus, through_state=False
@@ -296,8 +307,15 @@ def test_every_kind_of_weight(weight, variable_b, variable_c, softplus, source):
 
 @SLOW
 @pytest.mark.parametrize("seqlen", [100, 512, 2049])
-def test_complex_states(seqlen):
-    check(full("patched"), inputs(seqlen, weight=torch.complex64, batch=1))
+def test_complex_weights(seqlen):
+    arguments = inputs(seqlen, weight=torch.complex64, batch=1, states=False)
+    check(full("patched"), arguments, through_state=False)
+
+
+@SLOW
+def test_complex_states_are_refused():
+    with pytest.raises(RuntimeError, match="initial_states needs real A"):
+        full("patched").selective_scan_fn(**inputs(100, weight=torch.complex64))
 
 
 NO_B = "the last state is without a constant B, which the kernel multiplies with C after the scan"
@@ -381,29 +399,11 @@ def test_without_states_the_numbers_are_those_of_stock(seqlen):
 
 FWD, BWD = "selective_scan_fwd_kernel.cuh", "selective_scan_bwd_kernel.cuh"
 REVERSE = "reverse_scan.cuh"
-INITIAL = "initial_states[state_idx * params.initial_states_dstate_stride"
+SEEDS = "chunk == 0 && threadIdx.x % 32 == 0"
 # By name: the file, the text, and its replacement.
 FAULTS = {
-    "no initial state": (
-        FWD,
-        "if (chunk == 0 && threadIdx.x == 0) {",
-        "if (chunk == 0 && threadIdx.x == 0 && !FAULT) {",
-    ),
-    "no initial state in the backward": (
-        BWD,
-        "threadIdx.x == 0 && params.initial_states_ptr != nullptr",
-        "threadIdx.x == 0 && !FAULT && params.initial_states_ptr != nullptr",
-    ),
-    "the state's stride": (
-        FWD,
-        "params.initial_states_dstate_stride",
-        "(FAULT ? 1 : params.initial_states_dstate_stride)",
-    ),
-    "the state's stride in the backward": (
-        BWD,
-        "params.initial_states_dstate_stride",
-        "(FAULT ? 1 : params.initial_states_dstate_stride)",
-    ),
+    "no initial state": (FWD, SEEDS, f"!FAULT && {SEEDS}"),
+    "no initial state in the backward": (BWD, SEEDS, f"!FAULT && {SEEDS}"),
     "the last state's gradient at the token before": (
         BWD,
         "params.seqlen - 1 - chunk * kChunkSize",
@@ -411,14 +411,25 @@ FAULTS = {
     ),
     "no decay of the initial state's gradient": (
         BWD,
-        "conj(smem_delta_a[state_idx]) *",
-        "(FAULT ? weight_t(1) : conj(smem_delta_a[state_idx])) *",
+        "= smem_delta_a[state_idx] *",
+        "= (FAULT ? 1.f : smem_delta_a[state_idx]) *",
     ),
     "the initial state's gradient in the last chunk": (
         BWD,
-        "chunk == 0 && threadIdx.x == 0 && params.d",
-        "chunk == (FAULT ? params.n_chunks - 1 : 0) && threadIdx.x == 0 && params.d",
+        "chunk == 0 && threadIdx.x == 0 &&",
+        "chunk == (FAULT ? params.n_chunks - 1 : 0) && threadIdx.x == 0 &&",
     ),
+} | {
+    f"{name} of another channel in {file}": (
+        file,
+        f"(params.{name}_ptr) + (batch_id * params.dim + dim_id{rows}) * params.dstate",
+        f"(params.{name}_ptr) + (batch_id * params.dim + dim_id{rows}) * (params.dstate - FAULT)",
+    )
+    for file, rows, names in (
+        (FWD, " * kNRows", ["initial_states"]),
+        (BWD, "", ["initial_states", "dinitial_states", "dlast_state"]),
+    )
+    for name in names
 }
 # The barriers of each file that must not be missing. The others are dead code (more than one row
 # per block), of the complex kernels, or not needed: a store after a load, or a load after a store,
@@ -510,7 +521,8 @@ scan = kernel(misreading(sanitize=True))
 for seqlen in (1, 100, 127, 128):
     results(scan, inputs(seqlen))
 results(scan, inputs(100, optional=False, states=False))
-results(scan, inputs(100, groups=1, variable_b=False, variable_c=False), through_state=False)
+constant = inputs(100, groups=1, variable_b=False, variable_c=False, states=False)
+results(scan, constant, through_state=False)
 print("clean so far", flush=True)
 with emulation.mutant(int(sys.argv[1])):
     results(scan, inputs(100))

@@ -29,7 +29,6 @@ SWITCHES = """
     else { constexpr bool NAME = false; return __VA_ARGS__(); } }()
 #define SWITCH_kIsEvenLen EITHER
 #define SWITCH_kHasZ EITHER
-#define SWITCH_kGiven EITHER
 #define SWITCH_kIsVariableB TRUE_IN_LARGE
 #define SWITCH_kIsVariableC TRUE_IN_LARGE
 #define SWITCH_kDeltaSoftplus TRUE_IN_LARGE
