@@ -93,10 +93,8 @@ def transformers() -> dict[str, bool]:
         title: all(holds(functools.partial(check, *case)) for case in own)
         for title, own in cases.items()
     }
-    fused = holds(functools.partial(_fused, several))
     return found | {
-        "fused op in plain torch": fused,  # That of compat, which the hub's kernel has on a CPU.
-        "fused op in inference, with a cache": fused,
+        "fused op in inference, with a cache": holds(functools.partial(_fused, several)),
         "left padding inside the fused op": holds(functools.partial(_fused, padded))
         and holds(functools.partial(_fused, released.PADDED_BIAS, use_bias=True)),
         "bamba continues at the right positions": holds(_bamba_without_positions),

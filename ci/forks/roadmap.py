@@ -122,7 +122,6 @@ ITEMS = [
     *(
         behaves("transformers", title)
         for title in (
-            "fused op in plain torch",
             "fused op in inference, with a cache",
             "left padding inside the fused op",
             "padding in chunks of one token",
