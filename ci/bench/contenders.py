@@ -173,7 +173,8 @@ def _rwkv7(hidden: int, dtype: str, vocabulary: int) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3 / parameter.shape[-1] ** 0.5)
-    return model.to(getattr(torch, dtype))
+    model.to(getattr(torch, dtype))  # type: ignore[arg-type]
+    return model
 
 
 def _hybrid(hidden: int) -> dict[str, Any]:

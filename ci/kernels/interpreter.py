@@ -366,7 +366,9 @@ def _conv_bwd(
         loss = (out * dout.float()).sum()
         if dfinal_states is not None:
             loss = loss + (final * dfinal_states.float()).sum()
-        grads = iter(torch.autograd.grad(loss, [t for t in leaves if t is not None]))
+        # Where all rows begin with padding, no initial state is used.
+        used = [t for t in leaves if t is not None]
+        grads = iter(torch.autograd.grad(loss, used, materialize_grads=True))
     du, dw, db, dh = [None if t is None else next(grads).to(t.dtype) for t in inputs]
     assert du is not None
     assert dw is not None

@@ -418,12 +418,13 @@ def test_packing_and_batching_are_invisible(fused):
             start, end = end, end + count
             if i == PAD:
                 continue
-            # The initial state is the first sequence's.
-            first = all(j == PAD for j, _ in runs[:index])
+            # The initial states are the first sequence's, but for the convolution's behind padding.
+            first = {"initial_states": all(j == PAD for j, _ in runs[:index])}
+            first["initial_conv_states"] = index == 0
             given = {
                 n: t[row : row + 1, start:end]
                 if n in PER_TOKEN
-                else (t[row : row + 1] if first else torch.zeros_like(t[:1]))
+                else (t[row : row + 1] if first[n] else torch.zeros_like(t[:1]))
                 if n in STATES
                 else t
                 for n, t in leaves.items()
