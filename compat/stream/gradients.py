@@ -190,7 +190,10 @@ class _Text(NamedTuple):
     def steps(self) -> list[Step]:
         """List the runs through all layers, none of more tokens than a chunk.
 
-        So rows that are longer than a chunk are run alone, which takes the fewest borders.
+        So rows that are longer than a chunk are run alone. In groups that share a chunk, every
+        border would hold the state of each row. Two or four rows of 1,024 tokens with a chunk of
+        512 (one thread, CPU seconds) take 0.99 to 1.01 of the time alone where Mamba2 is 768 wide;
+        only where it is 128 wide, and Python takes most of it, 0.72.
         """
         parts = windows(self.input_ids.shape[1], self.size)
         long = self.lengths > parts[0][1]

@@ -1,6 +1,6 @@
 """torch.compile of a model, of a part of it, or of what calls it: chunks run as they are, exactly.
 
-The released scan of Mamba-1 begins each chunk from zeros, so what is compiled in spite of this shows.
+The released scan of Mamba-1 begins each chunk from zeros, so what is compiled all the same shows.
 """
 
 import pytest
@@ -153,8 +153,7 @@ def test_a_plain_model(how):
 
     def read(ids):
         pieces = [
-            hidden
-            for _, hidden in compat.iter_chunks(passed, input_ids=ids, vertical_chunk_size=8)
+            hidden for _, hidden in compat.iter_chunks(passed, input_ids=ids, vertical_chunk_size=8)
         ]
         last = compat.last_hidden_state(passed, input_ids=ids, vertical_chunk_size=8)
         return pieces, last, compat.pooled(passed, input_ids=ids, vertical_chunk_size=8)
