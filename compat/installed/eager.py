@@ -26,7 +26,7 @@ _stance: AbstractContextManager[None] | None = None
 _alone: Callable[..., Any] | None = None
 
 _REASON = (
-    "Found: vertical chunks in a function that is compiled with fullgraph=True. Needed: a graph that "
+    "Found: vertical chunks in a function compiled with fullgraph=True. Needed: a graph that "
     "may break where chunks are run, which are never compiled. Remedy: compile it without "
     "fullgraph=True"
 )
