@@ -173,6 +173,14 @@ def test_one_graph_is_refused_with_the_reason(checkpoint):
         compiled(model, fullgraph=True)(model.preprocess(TEXTS))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_read_at_once_is_still_one_graph(model, training):
+    model.train(training)
+    wanted = model(model.preprocess(TEXTS))["sentence_embedding"]
+    found = compiled(model, fullgraph=True)(model.preprocess(TEXTS))["sentence_embedding"]
+    assert (found - wanted).abs().max() <= CHUNKED[F32]
+
+
 def test_what_was_compiled_is_compiled_again_behind_the_chunks(checkpoint):
     model, ids, runs = tiny_model("mamba2"), tokens(1, 20), []
 
