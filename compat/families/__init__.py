@@ -18,4 +18,5 @@ __all__ = [
     "states",
     "supported",
     "tiny_models",
+    "wrapped",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compat.errors import UnsupportedModelError
+from compat.installed.eager import eager
 from compat.installed.recurrent_cache import forward_of, parameters, state_argument, state_of
 
 
@@ -25,6 +27,7 @@ class Family:
 
     grows: bool
 
+    @eager
     def forward(
         self, backbone: PreTrainedModel, input_ids: Tensor, start: int, state: Any
     ) -> tuple[Tensor, Any]:
@@ -47,12 +50,15 @@ class Family:
         if "position_ids" in parameters(forward):
             positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
             extra["position_ids"] = positions.expand(len(input_ids), -1)
-        # A kernel for single tokens may write in place without a trace, and so may compiled code.
-        seen = input_ids.shape[1] > 1 and not torch.compiler.is_compiling()
-        before = _states(state) if seen else []
+        # A kernel for single tokens may write in place without a trace.
+        before = _states(state) if input_ids.shape[1] > 1 else []
         output = backbone(input_ids=input_ids, use_cache=True, return_dict=True, **extra)
         _require_written(backbone, before, _states(state_of(output)) if before else [])
         return output.last_hidden_state, state_of(output)
+
+    def backward(self) -> AbstractContextManager[None]:
+        """Hold what the backward of a chunk needs that its forward has not recorded."""
+        return nullcontext()
 
     def select_rows(self, state: Any, rows: Tensor) -> Any:
         """Return the state of some rows of the batch; rows is (n,) int64."""

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from compat.errors import UnsupportedVersionError
 from compat.families.base import Family
+from compat.families.fla import FlaRwkv
 from compat.families.xlstm import XLstm
 
 
@@ -219,6 +220,30 @@ class _InCells:
         return [part for cells in state.rnn_state.values() for part in cells]
 
 
+class _InFla:
+    """The states of flash-linear-attention's RWKV, which takes a dict of each layer, too."""
+
+    _parts = ("recurrent_state", "conv_state", "ffn_state")
+
+    def state(
+        self,
+        backbone: PreTrainedModel,
+        family: Family,
+        input_ids: Tensor,
+        tensors: Sequence[Tensor] | None,
+    ) -> Any:
+        if tensors is None:
+            return None
+        given = iter(tensors)
+        layers = zip(*[given] * len(self._parts), strict=True)
+        return tuple(
+            {"attn_state": None} | dict(zip(self._parts, parts, strict=True)) for parts in layers
+        )
+
+    def tensors(self, state: Any) -> list[Tensor]:
+        return [layer.state[name] for layer in state.layers for name in self._parts]
+
+
 CARRIERS: dict[str, Carrier] = {
     "falcon_mamba": _InCache(),
     "mamba": _InCache(),
@@ -226,4 +251,13 @@ CARRIERS: dict[str, Carrier] = {
     "rwkv": _InColumns(),
     "xlstm": _InCells(),
 }
-"""The model types whose chunks can carry gradients, and how their states become tensors."""
+"""The types of transformers whose chunks can carry gradients: how their states become tensors."""
+
+_OF_FLA = _InFla()
+
+
+def carrier_of(backbone: PreTrainedModel, family: Family) -> Carrier | None:
+    """Return how a model's state becomes tensors; None where its chunks carry no gradients."""
+    if isinstance(family, FlaRwkv):
+        return _OF_FLA
+    return CARRIERS.get(str(getattr(backbone.config, "model_type", "")))

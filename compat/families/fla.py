@@ -6,6 +6,8 @@ recurrent state in float32. Their cache cannot select rows of a batch, so `Fla` 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 from compat.errors import UnsupportedModelError
 from compat.families import fla_rwkv
 from compat.families.base import Family
+from compat.families.in_chunk import in_chunk
 
 
 class Fla(Family):
@@ -34,6 +37,12 @@ class FlaRwkv(Fla):
     ) -> tuple[Tensor, Any]:
         """Run one chunk; see `Family.forward`."""
         return fla_rwkv.forward(super().forward, backbone, input_ids, start, state)
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Hold the functions that fla's own autograd functions call in their backward."""
+        with fla_rwkv.PATCHED, in_chunk():
+            yield
 
 
 # Model types that were measured to continue exactly from their state.

@@ -188,6 +188,20 @@ def _swish(x: Tensor, output_contiguous: bool = False) -> Tensor:
     return functional.silu(x)
 
 
+def _sqrelu_back(g: Tensor, x: Tensor) -> Tensor:
+    return 2 * g * torch.relu(x)
+
+
+def _sigmoid_back(x: Tensor, dy: Tensor, output_contiguous: bool = False) -> Tensor:
+    s = torch.sigmoid(_wide(x))
+    return (dy * s * (1 - s)).to(x.dtype)
+
+
+def _swish_back(x: Tensor, dy: Tensor, output_contiguous: bool = False) -> Tensor:
+    s = torch.sigmoid(_wide(x))
+    return (dy * s * (1 + x * (1 - s))).to(x.dtype)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -198,6 +212,12 @@ _SHARED: dict[tuple[str, str], Callable[..., Any]] = {
     (_ACTIVATIONS, "sqrelu_fwd"): _sqrelu,
     (_ACTIVATIONS, "sigmoid_fwd"): _sigmoid,
     (_ACTIVATIONS, "swish_fwd"): _swish,
+}
+# What is called when gradients are taken; whether these are right is asked of the gradients.
+_BACKWARD: dict[tuple[str, str], Callable[..., Any]] = {
+    (_ACTIVATIONS, "sqrelu_bwd"): _sqrelu_back,
+    (_ACTIVATIONS, "sigmoid_bwd"): _sigmoid_back,
+    (_ACTIVATIONS, "swish_bwd"): _swish_back,
 }
 # For each model type the names in modules of fla, and what takes their place.
 _OURS: dict[str, dict[tuple[str, str], Callable[..., Any]]] = {
@@ -246,7 +266,7 @@ def plan() -> list[Patch]:
     """List the patches of fla: of what is imported of it, so that nothing is imported here."""
     found = {
         (module, name): ours
-        for table in _OURS.values()
+        for table in (*_OURS.values(), _BACKWARD)
         for (module, name), ours in table.items()
         if hasattr(sys.modules.get(module), name)
     }

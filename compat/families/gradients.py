@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from compat import ops
 from compat.errors import UnsupportedModelError
 from compat.families.base import Family
-from compat.families.carried import CARRIERS
+from compat.families.carried import CARRIERS, carrier_of
 from compat.families.exact import Verdicts
+from compat.families.fla import FlaRwkv
 from compat.families.in_chunk import differentiable
 from compat.families.lookup import FAMILIES
 from compat.installed.behaviour import in_eval_mode, shielded
@@ -53,11 +54,33 @@ def run(
     Returns:
         The last hidden state, (batch, chunk, hidden_size), and the state after the chunk.
     """
-    carrier = CARRIERS[backbone.config.model_type]
+    carrier = carrier_of(backbone, family)
+    assert carrier is not None  # Asked by require_gradients.
     state = carrier.state(backbone, family, input_ids, tensors)
     with differentiable():
         hidden, state = family.forward(backbone, input_ids, start, state)
     return hidden, carrier.tensors(state)
+
+
+def back(
+    family: Family,
+    outputs: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """Take the gradients of a chunk that `run` has run.
+
+    Args:
+        family: How its state is carried.
+        outputs: What came of the chunk.
+        sources: Those whose gradients are wanted: a state, parameters.
+        gradients: Those of the outputs.
+
+    Returns:
+        The gradients of the sources; None where one has no part in the outputs.
+    """
+    with differentiable(), family.backward():
+        return torch.autograd.grad(outputs, sources, gradients, allow_unused=True)
 
 
 def require_no_checkpointing(model: nn.Module) -> None:
@@ -92,10 +115,13 @@ def require_gradients(backbone: PreTrainedModel, family: Family) -> None:
             "a model without attention layers: " + ", ".join(CARRIERS),
             _ELSE,
         )
-    if kind not in CARRIERS or FAMILIES.get(kind) is not family:
+    if not isinstance(family, FlaRwkv) and (
+        kind not in CARRIERS or FAMILIES.get(kind) is not family
+    ):
         raise UnsupportedModelError(
             f"{name}, of whose layers it is not known that they hand the gradient of a state on",
-            "a model of transformers of one of the types " + ", ".join(CARRIERS),
+            f"a model of transformers of one of the types {', '.join(CARRIERS)}, or one of "
+            "flash-linear-attention of the types rwkv6, rwkv7",
             _ELSE,
         )
     if _is_sharded(backbone):
@@ -124,8 +150,9 @@ def require_gradients(backbone: PreTrainedModel, family: Family) -> None:
 def _is_sharded(backbone: PreTrainedModel) -> bool:
     """Return whether DeepSpeed, or torch's FSDP of either kind, holds a share of the parameters."""
     return any(
-        hasattr(p, "ds_id") or hasattr(p, "_is_flat_param") or hasattr(p, "placements")
+        hasattr(p, name)
         for p in backbone.parameters()
+        for name in ("ds_id", "_is_flat_param", "_fsdp_flattened", "placements")
     )
 
 
@@ -138,11 +165,10 @@ def _why_not(model: PreTrainedModel, family: Family) -> str:
         ids = torch.randint(3, vocabulary, (2, _ENDS[-1]), generator=generator, device="cpu")
         ids = ids.to(model.device)
         try:
-            with ops.using("released"):
-                whole = model(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+            whole = _in_one_pass(model, family, ids)
             weights = torch.randn(whole.shape, generator=generator, device="cpu").to(whole)
             wanted, found, cut = (
-                torch.autograd.grad((hidden * weights).sum(), [*named.values()], allow_unused=True)
+                back(family, [hidden], [*named.values()], [weights])
                 for hidden in (
                     whole,
                     _in_chunks(model, family, ids),
@@ -161,6 +187,15 @@ def _why_not(model: PreTrainedModel, family: Family) -> str:
         return ""
     worst = [*named][off.index(max(off))]
     return f"does not hand the gradient of its state on: that of {worst} is off by {max(off):.1g}"
+
+
+def _in_one_pass(model: PreTrainedModel, family: Family, ids: Tensor) -> Tensor:
+    """Return the hidden states by the released code; by the ops where it runs on a GPU alone."""
+    if isinstance(family, FlaRwkv) and model.device.type == "cpu":
+        return run(model, family, ids, 0, None)[0]
+    with ops.using("released"):
+        hidden: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+    return hidden
 
 
 def _in_chunks(model: PreTrainedModel, family: Family, ids: Tensor, cut: bool = False) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from compat.errors import UnsupportedModelError
 from compat.installed.behaviour import in_eval_mode, shielded
+from compat.installed.eager import nothing_compiled
 
 # Both run the same layers on the same tokens, but a GPU may sum in another order.
 _TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -43,6 +44,11 @@ def unwrapped(model: Any) -> Any:
             _require_no_wrapper(model)
             break
     return model
+
+
+def without_compile(module: Any) -> Any:
+    """Return the module in one that `torch.compile` returned; any other as it is."""
+    return module._orig_mod if _is_compiled(module) else module
 
 
 def _is_compiled(model: Any) -> bool:
@@ -103,7 +109,7 @@ def _difference(wrapper: nn.Module, inner: Any) -> str:
     vocabulary = inner.get_input_embeddings().weight.shape[0]
     generator = torch.Generator("cpu").manual_seed(0)
     # A comparison is not worth compiling for.
-    with shielded(), in_eval_mode(wrapper), torch.compiler.set_stance("force_eager"):
+    with shielded(), in_eval_mode(wrapper), nothing_compiled():
         ids = torch.randint(3, vocabulary, (2, 12), generator=generator).to(device)
         try:
             found, wanted = (

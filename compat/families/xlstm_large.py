@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from compat.errors import UnsupportedModelError
 from compat.families.base import Family
+from compat.installed.eager import eager
 
 
 class XLstmLarge(Family):
     """`xLSTMLarge`, whose native kernels are run in float32 whatever the model's dtype."""
 
+    @eager
     def forward(
         self, backbone: Any, input_ids: Tensor, start: int, state: Any
     ) -> tuple[Tensor, Any]:

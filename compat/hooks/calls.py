@@ -24,6 +24,7 @@ from compat.hooks.size import Share, Size, encoding
 from compat.hooks.stored_default import in_training, settled_default, warn_of_whole_texts
 from compat.hooks.streamed_texts import check_picklable, size_of, whole
 from compat.hooks.streamed_texts import preprocess as preprocess_streamed
+from compat.installed.eager import eager
 from compat.stream.chunk_size import settled
 from compat.stream.rows import require_tokens
 
@@ -109,6 +110,7 @@ def hook_get_model_kwargs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def hook_inference(original: Callable[..., Any]) -> Callable[..., Any]:
     """Check a model and its inputs before they are read in chunks, and open the bar."""
+    in_chunks = eager(original)
 
     @functools.wraps(original)
     def _inference(
@@ -129,7 +131,9 @@ def hook_inference(original: Callable[..., Any]) -> Callable[..., Any]:
             stack.enter_context(setting(inferring, True))
             if size is None:
                 return original(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
+            infer = original
             if not reads_by_itself(self, task):
+                infer = in_chunks
                 del kwargs[KEYWORD]
                 check_modules(self, pooled, task)
                 check_inputs(self, inputs, kwargs.get("prompt"), task)
@@ -139,7 +143,7 @@ def hook_inference(original: Callable[..., Any]) -> Callable[..., Any]:
                 show_progress_bar = False
                 stack.enter_context(setting(running, Run(int(size), pooled, bar)))
             stack.enter_context(setting(counting, cuts))
-            outputs = original(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
+            outputs = infer(self, inputs, show_progress_bar=show_progress_bar, **kwargs)
         if isinstance(size, Share):
             return cuts.beside(outputs)
         cuts.tell(self, task)
@@ -150,6 +154,26 @@ def hook_inference(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def hook_forward(held: Hold, original: Callable[..., Any]) -> Callable[..., Any]:
     """Let a call of the model take the size, and warn of one that ignores a stored default."""
+
+    takes_the_size = eager(reads_by_itself)
+
+    @eager
+    def in_chunks(
+        self: SentenceTransformer,
+        size: object,
+        task: str | None,
+        args: tuple[Any, ...],
+        kwargs: Features,
+    ) -> Any:
+        _check_forward(self, args[0] if args else kwargs["input"])
+        check_modules(self, True, task)
+        with (
+            held(),
+            progress.opened(0, show=False) as bar,
+            setting(inferring, True),
+            setting(running, Run(settled(size, self.device), True, bar)),
+        ):
+            return original(self, *args, **kwargs)
 
     @functools.wraps(original)
     def forward(self: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
@@ -162,18 +186,10 @@ def hook_forward(held: Hold, original: Callable[..., Any]) -> Callable[..., Any]
         task = kwargs.get("task", features.get("task"))
         if size is None:
             warn_of_whole_texts(self, features)
-        if size is None or reads_by_itself(self, task):
+        if size is None or takes_the_size(self, task):
             return original(self, *args, **kwargs)
         del kwargs[KEYWORD]
-        _check_forward(self, features)
-        check_modules(self, True, task)
-        with (
-            held(),
-            progress.opened(0, show=False) as bar,
-            setting(inferring, True),
-            setting(running, Run(settled(size, self.device), True, bar)),
-        ):
-            return original(self, *args, **kwargs)
+        return in_chunks(self, size, task, args, kwargs)
 
     return forward
 

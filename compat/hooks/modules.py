@@ -34,8 +34,8 @@ def hook_transformer(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Transformer, features: Features, **kwargs: Any) -> Features:
-        run = running.get()
-        if run is None:
+        # Chunks are never compiled, and a graph would break where the run is asked for.
+        if torch.compiler.is_compiling() or (run := running.get()) is None:
             return original(self, features, **kwargs)  # type: ignore[no-any-return]
         check_features(self, {**features, **kwargs})
         input_ids, mask = features["input_ids"], features.get("attention_mask")

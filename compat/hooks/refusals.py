@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compat.errors import UnsupportedPipelineError
 from compat.families.lookup import backbone_of
+from compat.families.wrapped import without_compile
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -70,11 +71,14 @@ def check_modules(model: SentenceTransformer, pooled: bool, task: str | None) ->
 
 
 def route(modules: list[Any], task: str | None) -> list[Any]:
-    """Return the modules in the order in which a text meets them, each Router as its route."""
+    """Return the modules in the order in which a text meets them, each Router as its route.
+
+    One that `torch.compile` returned counts as the module in it.
+    """
     from sentence_transformers.base.modules import Router
 
     met: list[Any] = []
-    for module in modules:
+    for module in map(without_compile, modules):
         if isinstance(module, Router):
             name = str(module._resolve_route(task=task, modality="text"))
             met += route(list(module.sub_modules[name].children()), task)

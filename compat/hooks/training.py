@@ -3,7 +3,8 @@
     model.training_chunk_size = 2048
     model(features) -> Transformer: a stream of chunks -> Pooling: embeddings with exact gradients
 
-The size belongs to a run of training, not to the model: it is never stored.
+The size belongs to a run of training, not to the model: it is never stored. Where torch.compile has
+compiled the model, a part of it or what calls it, chunks are run as they are all the same.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from compat.families.base import Family
 from compat.hooks.own_chunks import KEYWORD
 from compat.hooks.refusals import TOKENS, check_features, check_modules, route
 from compat.hooks.stored_default import in_training
+from compat.installed.eager import eager
 from compat.stream.gradients import gradient_stream, trainable
 from compat.stream.rows import Auto, align_left, check_size_or_auto, require_tokens
 
@@ -69,16 +71,12 @@ size_property = property(_get, _set)
 
 
 def hook_forward(held: Hold, original: Method) -> Method:
-    """Let a call of a model in training mode follow its size."""
+    """Let a call of a model in training mode follow its size, whatever of it is compiled."""
 
-    @functools.wraps(original)
-    def forward(self: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
-        size = _get(self)
-        # A model whose dropout is off may be trained, too.
-        trained = in_training(self) or (self.training and torch.is_grad_enabled())
-        served = trained and kwargs.get(KEYWORD) is None
-        if size is None or not served or torch.compiler.is_compiling():
-            return original(self, *args, **kwargs)
+    @eager
+    def in_chunks(
+        self: SentenceTransformer, size: int | Auto, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         features = args[0] if args else kwargs["input"]
         task = kwargs.get("task", features.get("task"))
         met = route(list(self.children()), task)
@@ -94,6 +92,15 @@ def hook_forward(held: Hold, original: Method) -> Method:
         finally:
             _call.reset(token)
 
+    @functools.wraps(original)
+    def forward(self: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
+        size = _get(self)
+        # A model whose dropout is off may be trained, too.
+        trained = in_training(self) or (self.training and torch.is_grad_enabled())
+        if size is None or not trained or kwargs.get(KEYWORD) is not None:
+            return original(self, *args, **kwargs)
+        return in_chunks(self, size, args, kwargs)
+
     return forward
 
 
@@ -108,8 +115,8 @@ def hook_transformer(original: Method) -> Method:
 
     @functools.wraps(original)
     def forward(self: Transformer, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        call = _call.get()
-        if call is None:
+        # Chunks are never compiled, and a graph would break where the call is asked for.
+        if torch.compiler.is_compiling() or (call := _call.get()) is None:
             return original(self, features, **kwargs)  # type: ignore[no-any-return]
         check_features(self, {**features, **kwargs})
         tokens, lengths = align_left(features["input_ids"], features.get("attention_mask"))

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from compat.families.base import Family
 from compat.families.lookup import backbone_of
+from compat.installed.eager import eager
 from compat.installed.recurrent_cache import require_support
 from compat.stream.chunk import Chunk
 from compat.stream.chunk_size import settled
@@ -31,6 +32,7 @@ def check_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         )
 
 
+@eager
 def iter_chunks(
     model: PreTrainedModel,
     *,
@@ -122,6 +124,7 @@ def _iter_columns(
         yield start, hidden
 
 
+@eager
 def last_hidden_state(
     model: PreTrainedModel,
     *,

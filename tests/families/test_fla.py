@@ -16,7 +16,8 @@ from support.tolerances import CHUNKED, NO_WORSE_FACTOR, NO_WORSE_SLACK
 from transformers import CONFIG_MAPPING, Mamba2Model, MambaModel
 
 import compat
-from compat.families.fla import FAMILIES, REFUSED
+from compat.families.fla import FAMILIES, REFUSED, FlaRwkv
+from compat.families.gradients import require_gradients
 from compat.families.lookup import backbone_of
 from tests.laws.test_model import alone, error, in_chunks, tokens
 from tests.laws.test_shared_prefix import rows_go_on
@@ -223,6 +224,14 @@ def test_the_remedy_for_mamba_holds(model_type, twin, tmp_path):
     mask = torch.ones_like(ids)
     found = in_chunks(ours, ids, mask, 7)
     assert error(found, alone(theirs, ids, mask)) <= CHUNKED[torch.float32]
+
+
+@pytest.mark.parametrize(
+    "model_type", sorted(name for name in FAMILIES if not isinstance(FAMILIES[name], FlaRwkv))
+)
+def test_training_in_chunks_is_refused_where_no_op_of_compats_runs(model_type):
+    with pytest.raises(compat.UnsupportedModelError, match="hand the gradient of a state on"):
+        require_gradients(tiny(model_type), FAMILIES[model_type])
 
 
 def test_the_registry_names_models_that_fla_has():

@@ -3,19 +3,28 @@
 tests/families/test_fla.py compares their chunks with one pass in Triton's interpreter.
 """
 
+import copy
 import math
 import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
-from support.tolerances import CHUNKED, HIDDEN, NO_WORSE_FACTOR, NO_WORSE_SLACK, error
-from torch.nn.functional import group_norm, layer_norm, normalize
+from support.tolerances import (
+    CHUNKED,
+    GRADIENTS,
+    HIDDEN,
+    NO_WORSE_FACTOR,
+    NO_WORSE_SLACK,
+    error,
+)
+from torch.nn.functional import group_norm, layer_norm
 
 import compat
 from compat import ops
-from compat.families import fla_rwkv
+from compat.families import fla_rwkv, gradients
 from compat.hooks.report import Report
+from tests.laws.test_gradients import gradients_of, off
 from tests.laws.test_model import alone, in_chunks, tokens
 
 # It is not imported here: that module has to prepare Triton first.
@@ -47,7 +56,7 @@ def no_triton(monkeypatch):
 @torch.no_grad()
 def recurrence(model, ids):
     """Read a text with RWKV-7 token by token, in float64, from its weights alone."""
-    weights = {name: x.double() for name, x in model.state_dict().items()}
+    weights = {name: x.double() for name, x in model.state_dict(keep_vars=True).items()}
     config, heads = model.config, model.config.num_heads
     eps = config.norm_eps
 
@@ -85,7 +94,8 @@ def recurrence(model, ids):
                 v = v + rate * (first - v)
             rate = torch.sigmoid(lora(f"{name}.a_lora", mixed["a"], lambda x: x))
             gate = lora(f"{name}.g_lora", mixed["g"], torch.sigmoid)
-            removal = normalize(by_head(k * weights[f"{name}.k_k"]), dim=-1)
+            removal = by_head(k * weights[f"{name}.k_k"])
+            removal = removal / (removal.square().sum(-1, keepdim=True) + 1e-6).sqrt()  # As in fla.
             k = k * (1 + (rate - 1) * weights[f"{name}.k_a"])
             r, w, k, v, rate = map(by_head, (r, w, k, v, rate))
             removed = (removal[..., None] * states[i]).sum(1, keepdim=True)
@@ -155,7 +165,7 @@ def test_released_runs_flas_own_kernels(model_type, request):
 @pytest.mark.usefixtures("no_triton")
 def test_outside_of_chunks_all_is_as_it_was():
     planned = fla_rwkv.plan()
-    assert len(planned) == 17
+    assert len(planned) == 20
     before = [getattr(owner, name) for owner, name, _ in planned]
     with fla_rwkv.PATCHED:
         now = [getattr(owner, name) for owner, name, _ in planned]
@@ -190,6 +200,77 @@ def test_another_fla_is_refused_on_a_cpu(module, name, change, says, monkeypatch
         assert says in f"{Report(())}"
     finally:
         fla_rwkv.differs.cache_clear()
+
+
+def pooled(model, size, mode="lasttoken", ids=IDS[:, :40], mask=None):
+    return compat.pooled(
+        model, input_ids=ids, attention_mask=mask, pooling_mode=mode, vertical_chunk_size=size
+    )
+
+
+@pytest.mark.usefixtures("no_triton")
+def test_gradients_of_rwkv7_are_those_of_the_recurrence_of_its_paper():
+    model = tiny("rwkv7", torch.float64)
+    found = gradients_of(pooled(model, 9), model)
+    rows = [recurrence.__wrapped__(model, ids)[-1] for ids in IDS[:, :40]]
+    wanted = gradients_of(torch.stack(rows), model)
+    assert max(off(found, wanted).values()) <= GRADIENTS[torch.float64]
+
+
+@pytest.mark.usefixtures("no_triton")
+@BOTH
+@pytest.mark.parametrize("mode", ["lasttoken", "mean"])
+def test_gradients_in_chunks_are_those_of_one_chunk(model_type, mode):
+    """Read rows with padding on both sides, in training mode, too."""
+    model, mask = tiny(model_type, torch.float64).train(), torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :5] = mask[1, 30:] = 0
+    found = gradients_of(pooled(model, 9, mode, mask=mask), model)
+    wanted = gradients_of(pooled(model, 40, mode, mask=mask), model)
+    assert max(off(found, wanted).values()) <= GRADIENTS[torch.float64]
+
+
+@pytest.mark.usefixtures("no_triton")
+@BOTH
+def test_gradients_are_those_of_differences(model_type):
+    """Move the layers' weights a little, both ways, in one direction: fla's kernels are in float32.
+
+    A norm makes much of a small change in the embeddings, which are small.
+    """
+    model = copy.deepcopy(tiny(model_type, torch.float64))
+    named = dict(model.layers.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    way = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in named.items()}
+    gradient = torch.autograd.grad(pooled(model, 9).sum(), [*named.values()])
+    found = sum(float((g * way[n]).sum()) for n, g in zip(named, gradient, strict=True))
+
+    @torch.no_grad()
+    def moved(step):
+        for name, parameter in named.items():
+            parameter.add_(way[name], alpha=step)
+        return float(pooled(model, 40).sum())
+
+    step = 1e-6
+    wanted = (moved(step) - moved(-2 * step)) / (2 * step)
+    assert abs(found - wanted) <= 1e-5 * abs(wanted)
+
+
+@pytest.mark.usefixtures("no_triton")
+@BOTH
+def test_a_state_whose_gradient_is_cut_off_is_found(model_type, monkeypatch):
+    op = f"wkv{model_type[-1]}"
+    released = getattr(fla_rwkv, op)
+
+    def cut(*args):
+        out, last = released(*args)
+        return out, last.detach()
+
+    monkeypatch.setattr(fla_rwkv, op, cut)
+    gradients.verdicts.models.clear()
+    try:
+        with pytest.raises(compat.UnsupportedModelError, match="gradient of its state"):
+            pooled(tiny(model_type), 7)
+    finally:
+        gradients.verdicts.models.clear()
 
 
 def test_status_names_both():

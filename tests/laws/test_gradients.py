@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.modules import Pooling
 from support import oracle
-from support.families import tiny_model, tokens
+from support.families import FAMILIES, tiny_model, tokens
 from support.tolerances import GRADIENTS, GRADIENTS_ROUNDED
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +17,8 @@ import compat
 from compat.errors import UnsupportedModelError, UnsupportedPipelineError
 from compat.families import carried, gradients
 from compat.families.carried import CARRIERS
-from compat.families.gradients import run
+from compat.families.gradients import require_gradients, run
+from compat.families.lookup import FAMILIES as REGISTRY
 from compat.families.lookup import backbone_of
 from compat.stream import training_size
 from compat.stream.pooling import POOLING_MODES
@@ -408,16 +409,57 @@ def test_gradient_checkpointing():
         embedded(model, tokens(1, 20))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "reason"),
-    [("bamba", "attention layers keep keys and values"), ("recurrent_gemma", "not known")],
-)
-def test_other_families(model_type, reason):
+@pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - set(CARRIERS)))
+def test_other_families(model_type):
+    """Refuse those of the gated delta rule, too: all of them have attention layers."""
+    family = REGISTRY[model_type]
+    reason = "attention layers, which keep|attention layers keep" if family.grows else "not known"
     with pytest.raises(UnsupportedModelError, match=reason):
-        embedded(cached_model(model_type), tokens(1, 20))
+        require_gradients(tiny_model(model_type), family)
 
 
-def test_parameters_in_shards():
+def test_a_replica_of_data_parallel():
+    model = tiny_model("mamba2")
+    model._is_replica = True
+    with pytest.raises(UnsupportedModelError, match="one process for each device"):
+        embedded(model, tokens(1, 20))
+
+
+@pytest.fixture
+def one_rank():
+    """Let this process be the only one of a group."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # It does not shard among one.
+@pytest.mark.parametrize("original", [False, True])
+def test_the_former_fsdp(one_rank, original):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = tiny_model("mamba2")
+    for place, layer in enumerate(model.layers):
+        model.layers[place] = FullyShardedDataParallel(
+            layer, device_id=torch.device("cpu"), use_orig_params=original
+        )
+    with pytest.raises(UnsupportedModelError, match="FSDP"):
+        require_gradients(model, REGISTRY["mamba2"])
+
+
+def test_fsdp(one_rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny_model("mamba2")
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(UnsupportedModelError, match="FSDP"):
+        require_gradients(model, REGISTRY["mamba2"])
+
+
+def test_zero_3():
     model = tiny_model("mamba2")
     model.norm_f.weight.ds_id = 0
     with pytest.raises(UnsupportedModelError, match="ZeRO-3"):
