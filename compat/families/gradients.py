@@ -33,6 +33,9 @@ _TOLERANCE = 1e-3
 _SHARE = 0.25
 _ENDS = (0, 9, 11, 20)
 _ELSE = "train it in one pass, without chunks"
+# Stock selective_scan_fn gives out a state and ignores its gradient.
+_MENDED = "install mamba-ssm with the request selective-scan-states of forks/mamba-ssm, "
+_MENDED_BY = {"mamba": _MENDED, "falcon_mamba": _MENDED}
 
 
 def run(
@@ -143,7 +146,9 @@ def require_gradients(backbone: PreTrainedModel, family: Family) -> None:
         raise UnsupportedModelError(
             f"{name}, which {reason}",
             "layers that are differentiable in the state that they begin from and give out",
-            'take kernels off the model, as with compat.ops.using("torch"), or ' + _ELSE,
+            _MENDED_BY.get(kind, "")
+            + 'take kernels off the model, as with compat.ops.using("torch"), or '
+            + _ELSE,
         )
 
 
