@@ -95,7 +95,13 @@ def rows(
 
 
 def compare(
-    title: str, dtype: str, sizes: Sizes, tokens: int, peers: Iterable[Peer], place: Place, count: int
+    title: str,
+    dtype: str,
+    sizes: Sizes,
+    tokens: int,
+    peers: Iterable[Peer],
+    place: Place,
+    count: int,
 ) -> tuple[list[list[str]], list[str]]:
     """Let compat and the peers read in turns; return the lines, and why peers do not take part."""
     model = make_model(MODELS[title], sizes, dtype)

@@ -72,7 +72,7 @@ def reader(model: PreTrainedModel, place: Place) -> Read:
     folder = saved(model, place.scratch / "model")
     convert = [sys.executable, "-c", _CONVERT, source(place.tools), folder]
     run([*convert, TYPES[model.dtype], path], "the conversion to GGUF")
-    llama.llama_log_set(_SILENT, ctypes.c_void_p(0))
+    llama.llama_log_set(_silent, ctypes.c_void_p(0))
     llama.llama_backend_init()
     weights = llama.llama_model_load_from_file(bytes(path), llama.llama_model_default_params())
     if not weights:
@@ -104,7 +104,7 @@ def reader(model: PreTrainedModel, place: Place) -> Read:
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _SILENT(_level: int, _text: bytes, _data: Any) -> None:  # noqa: N802
+def _silent(_level: int, _text: bytes, _data: Any) -> None:
     """Take a line of llama.cpp's log; it must outlive all calls."""
 
 
