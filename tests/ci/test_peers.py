@@ -61,14 +61,13 @@ def test_weights_of_rwkv7_get_other_names_and_none_is_lost():
 @pytest.mark.parametrize("model_type", ["mamba2", "qwen3_5_text"])
 def test_the_head_is_the_embeddings_so_that_logits_can_be_compared(model_type):
     model = make_model(model_type, SMOKE, "float32")
-    peer = common.Peer("", "", frozenset(), True, None)
     with torch.no_grad():
         whole = common.causal(model)
         logits = whole(input_ids=IDS).logits[0, -1]
         before = whole(input_ids=IDS[:, :-1]).logits[0, -1]
     own = peers.ours(model, 16, IDS)
-    assert peers.distance(peer, model, own, logits) < 1e-6
-    assert peers.distance(peer, model, own, before) > 1e-3
+    assert peers.distance(model, own, logits, True) < 1e-6
+    assert peers.distance(model, own, before, True) > 1e-3
 
 
 def reader_of(change):
@@ -117,10 +116,12 @@ def test_peers_are_compared_refused_or_named(tmp_path, monkeypatch, capsys):
 
 def test_ratios_are_medians_of_rounds_in_the_same_turn():
     seconds = {"floor": [1.0, 2.0, 4.0], "compat": [2.0, 2.0, 8.0], "far": [8.0, 4.0, 16.0]}
-    found = peers.rows("m", "float32", 100, seconds, {"far": float("nan")})
-    assert found == [
-        ["m", "float32", "compat", "50", "2.00", "1.00", ""],
+    seconds["near"] = seconds["compat"]
+    distances = {"compat": 0.2, "far": float("nan"), "near": 0.01}
+    assert peers.rows("m", "float32", 100, seconds, distances) == [
+        ["m", "float32", "compat", "50", "2.00", "1.00", "2e-01"],
         ["m", "float32", "far", "12", "4.00", "2.00", "**nan**"],
+        ["m", "float32", "near", "50", "2.00", "1.00", "1e-02"],
     ]
 
 

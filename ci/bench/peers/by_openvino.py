@@ -26,6 +26,7 @@ PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 # Arguments: the folder of the model, and that to write.
 _EXPORT = """
+import sys
 from optimum.exporters.openvino import main_export
 model, folder = sys.argv[1:]
 main_export(model, folder, task="text-generation-with-past",
@@ -40,7 +41,10 @@ def exporter(tools: Path) -> Path:
     ready = folder / "ready"
     if not ready.exists():
         venv.create(folder, with_pip=True, clear=True)
-        run([python, "-m", "pip", "install", "-q", *REQUIREMENTS], "installing optimum-intel")
+        pip = [python, "-m", "pip"]
+        run([*pip, "install", "-q", *REQUIREMENTS], "installing optimum-intel")
+        # PyPI's is built for CUDA: beside torch for a CPU it cannot be imported, nor transformers.
+        run([*pip, "uninstall", "-q", "-y", "torchvision"], "leaving torchvision out")
         ready.touch()
     return python
 
