@@ -50,16 +50,17 @@ from compat import ops
 
 MODELS = {
     "Mamba2 130M": "mamba2",
-    "four layers of Qwen3.5 0.8B": HYBRID,
-    "four layers of RWKV-7 0.4B": RWKV7,
     "Mamba-1 130M": "mamba",
+    "four layers of Qwen3.5 0.8B": HYBRID,
+    # Last: fla, which has it, gives the name mamba to a model of its own.
+    "four layers of RWKV-7 0.4B": RWKV7,
 }
 PEERS = (by_rwkv.PEER, by_llama.PEER, by_openvino.PEER)
 OURS = "compat"
 FLOOR = "floor"
 # A peer that is further away than this part of what the first half of the text changes has not done
 # the same work, or not as well.
-NEAR = 0.1
+NEAR = 0.3
 
 Found = dict[str, list[float]]
 

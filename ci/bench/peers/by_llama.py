@@ -35,7 +35,8 @@ config = json.load(open(f"{model}/config.json"))
 def set_vocab(self):
     self._set_vocab_none()
     self.gguf_writer.add_vocab_size(config["vocab_size"])
-get_model_class(config["architectures"][0]).set_vocab = set_vocab
+converter = get_model_class(config["architectures"][0])
+converter.set_vocab, converter.no_mtp = set_vocab, True  # No layers that predict further tokens.
 sys.argv = ["convert_hf_to_gguf.py", model, "--outtype", kind, "--outfile", path]
 runpy.run_path(f"{tools}/convert_hf_to_gguf.py", run_name="__main__")
 """
