@@ -117,9 +117,9 @@ def test_peers_are_compared_refused_or_named(tmp_path, monkeypatch, capsys):
 def test_ratios_are_medians_of_rounds_in_the_same_turn():
     seconds = {"floor": [1.0, 2.0, 4.0], "compat": [2.0, 2.0, 8.0], "far": [8.0, 4.0, 16.0]}
     seconds["near"] = seconds["compat"]
-    distances = {"compat": 0.2, "far": float("nan"), "near": 0.01}
-    assert peers.rows("m", "float32", 100, seconds, distances) == [
-        ["m", "float32", "compat", "50", "2.00", "1.00", "2e-01"],
+    distances = {"compat": 0.0, "far": float("nan"), "near": 0.01}
+    assert peers.rows("m", "float32", 100, seconds, distances, 0.05) == [
+        ["m", "float32", "compat", "50", "2.00", "1.00", "0e+00"],
         ["m", "float32", "far", "12", "4.00", "2.00", "**nan**"],
         ["m", "float32", "near", "50", "2.00", "1.00", "1e-02"],
     ]

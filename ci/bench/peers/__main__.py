@@ -25,6 +25,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
@@ -58,9 +59,10 @@ MODELS = {
 PEERS = (by_rwkv.PEER, by_llama.PEER, by_openvino.PEER)
 OURS = "compat"
 FLOOR = "floor"
-# A peer that is further away than this part of what the first half of the text changes has not done
-# the same work, or not as well.
-NEAR = 0.3
+DTYPES = ("float32", "bfloat16")
+# The last tokens, which alone give something else; a peer that is not nearer than a part of that has
+# not done the same work, or not as well.
+LAST, NEAR = 16, 0.3
 
 Found = dict[str, list[float]]
 
@@ -77,16 +79,13 @@ def distance(model: PreTrainedModel, own: Tensor, theirs: Tensor, logits: bool =
     if logits:
         embeddings: Any = model.get_input_embeddings()
         own = embeddings.weight.detach().double() @ own.double()
-    return 1 - float(cosine_similarity(own.double(), theirs.double(), dim=0))
+    return max(1 - float(cosine_similarity(own.double(), theirs.double(), dim=0)), 0.0)
 
 
 def rows(
-    title: str, dtype: str, tokens: int, found: Found, distances: dict[str, float]
+    title: str, dtype: str, tokens: int, found: Found, distances: dict[str, float], far: float
 ) -> list[list[str]]:
-    """Return the lines of one model: a line for compat, and one for each peer.
-
-    Among the distances is one for compat: that of what it gives without the first half of the text.
-    """
+    """Return the lines of one model: for compat and each peer; a distance from `far` on is bold."""
     lines = []
     for name in distances:
         over, times = (
@@ -94,7 +93,7 @@ def rows(
             for other in (FLOOR, OURS)
         )
         away = f"{distances[name]:.0e}"
-        if name != OURS and not distances[name] <= NEAR * distances[OURS]:
+        if not distances[name] < far:
             away = f"**{away}**"
         speed = f"{tokens / statistics.median(found[name]):,.0f}"
         lines.append([title, dtype, name, speed, f"{over:.2f}", f"{times:.2f}", away])
@@ -114,13 +113,15 @@ def compare(
     model = make_model(MODELS[title], sizes, dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (1, tokens), generator=generator)
-    own = ours(model, place.chunk, ids)
+    exact = model if dtype == "float32" else deepcopy(model).float()
+    own, alone = (ours(exact, place.chunk, part) for part in (ids, ids[:, -LAST:]))
     work: dict[str, Callable[[], Any]] = {
         FLOOR: partial(projections, model, tokens, place.chunk),
         OURS: partial(ours, model, place.chunk, ids),
     }
-    without = ours(model, place.chunk, ids[:, tokens // 2 :])
-    distances, left_out = {OURS: distance(model, own, without)}, []
+    far = NEAR * distance(model, own, alone)
+    distances = {OURS: distance(model, own, ours(model, place.chunk, ids))}
+    left_out = []
     for peer in peers:
         try:
             read: Read = peer.reader(model, place)
@@ -131,7 +132,7 @@ def compare(
             work[peer.name] = partial(read, ids)
     with torch.no_grad():
         found = rounds(work, count)
-    return rows(title, dtype, tokens, found, distances), left_out
+    return rows(title, dtype, tokens, found, distances, far), left_out
 
 
 def leave_fla_out() -> None:
@@ -175,8 +176,9 @@ def section(
         f"one text, {chunk} at a time (OpenVINO: all at once), random weights. *Over the floor*: "
         "time over that of the matrix products of the linear layers, in torch; *over compat*: over "
         "that of compat, beside which 1 is as fast and more is slower; medians of rounds in turns. "
-        "*Away*: cosine distance of what the last token gets from what compat gives it; of compat, "
-        "without the first half of the text; what is not far below that is bold: other work."
+        "*Away*: cosine distance of what the last token gets from what compat gives it in float32 "
+        f"from the same weights; bold where it is not far below that of the last {LAST} tokens "
+        "alone, where the work is not the same."
     )
     head = ["model", "dtype", "read by", "tokens/s", "over the floor", "over compat", "away"]
     listed = "\n".join(f"- {note}" for note in notes)
@@ -189,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [peer.name for peer in PEERS]
     parser.add_argument("--only", nargs="*", choices=names, metavar="PEER", help=", ".join(names))
     parser.add_argument("--models", nargs="+", choices=MODELS.values(), default=MODELS.values())
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--output", type=Path, default=Path("peers-out"), metavar="DIR")
     parser.add_argument("--readme", action="store_true", help="write ci/bench/RESULTS.md, too")
     parser.add_argument("--smoke", action="store_true", help="narrow models, short texts, a round")
@@ -210,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         takes = [peer for peer in peers if model_type in peer.models]
         notes += [f"{peer.name} has no {title}." for peer in peers if peer not in takes]
-        for dtype in ("float32", "bfloat16"):
+        for dtype in options.dtypes:
             with ExitStack() as stack:
                 scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 threads = torch.get_num_threads()
