@@ -60,8 +60,8 @@ PEERS = (by_rwkv.PEER, by_llama.PEER, by_openvino.PEER)
 OURS = "compat"
 FLOOR = "floor"
 DTYPES = ("float32", "bfloat16")
-# The last tokens, which alone give something else; a peer that is not nearer than a part of that has
-# not done the same work, or not as well.
+# The last tokens, which alone give something else; a peer that is not nearer than a part of that
+# has not done the same work, or not as well.
 LAST, NEAR = 16, 0.3
 
 Found = dict[str, list[float]]
