@@ -71,8 +71,8 @@ def reader(model: PreTrainedModel, place: Place) -> Read:
 
     path = place.scratch / "model.gguf"
     folder = saved(model, place.scratch / "model")
-    convert = [sys.executable, "-c", _CONVERT, source(place.tools), folder]
-    run([*convert, TYPES[model.dtype], path], "the conversion to GGUF")
+    convert = [sys.executable, "-c", _CONVERT, f"{source(place.tools)}", f"{folder}"]
+    run([*convert, TYPES[model.dtype], f"{path}"], "the conversion to GGUF")
     llama.llama_log_set(_silent, ctypes.c_void_p(0))
     llama.llama_backend_init()
     weights = llama.llama_model_load_from_file(bytes(path), llama.llama_model_default_params())
@@ -104,9 +104,8 @@ def reader(model: PreTrainedModel, place: Place) -> Read:
     return read
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _silent(_level: int, _text: bytes, _data: Any) -> None:
-    """Take a line of llama.cpp's log; it must outlive all calls."""
+# It takes a line of llama.cpp's log, and must outlive all calls.
+_silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
 
 MODELS = frozenset({"mamba2", "mamba", HYBRID, RWKV7})

@@ -41,7 +41,7 @@ def exporter(tools: Path) -> Path:
     ready = folder / "ready"
     if not ready.exists():
         venv.create(folder, with_pip=True, clear=True)
-        pip = [python, "-m", "pip"]
+        pip = [f"{python}", "-m", "pip"]
         run([*pip, "install", "-q", *REQUIREMENTS], "installing optimum-intel")
         # PyPI's is built for CUDA: beside torch for a CPU it cannot be imported, nor transformers.
         run([*pip, "uninstall", "-q", "-y", "torchvision"], "leaving torchvision out")
@@ -54,8 +54,8 @@ def reader(model: PreTrainedModel, place: Place) -> Read:
     import openvino
 
     folder = place.scratch / "exported"
-    command = [exporter(place.tools), "-c", _EXPORT, saved(model, place.scratch / "model"), folder]
-    run(command, "the export by optimum-intel")
+    python, plain = exporter(place.tools), saved(model, place.scratch / "model")
+    run([python, "-c", _EXPORT, plain, folder], "the export by optimum-intel")
     precision = PRECISIONS[model.dtype]
     settings = {"INFERENCE_NUM_THREADS": place.threads, "INFERENCE_PRECISION_HINT": precision}
     compiled = openvino.Core().compile_model(folder / "openvino_model.xml", "CPU", settings)

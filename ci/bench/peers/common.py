@@ -55,7 +55,8 @@ def causal(model: PreTrainedModel) -> PreTrainedModel:
     embeddings: Any = model.get_input_embeddings()
     with torch.device("meta"):
         whole: Any = AutoModelForCausalLM.from_config(model.config)
-    whole.lm_head = Linear(*reversed(embeddings.weight.shape), bias=False)
+    vocabulary, width = embeddings.weight.shape
+    whole.lm_head = Linear(width, vocabulary, bias=False, device="meta")
     whole.lm_head.weight = torch.nn.Parameter(embeddings.weight.detach().clone())
     setattr(whole, whole.base_model_prefix, model)
     found: PreTrainedModel = whole.eval()
