@@ -26,7 +26,7 @@ class CannotReadError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how a peer works."""
+    """Tell a peer with what, and how, it works."""
 
     tools: Path  # A folder that stays: what is downloaded or installed once.
     scratch: Path  # An empty one, which is deleted when the stack is closed.
