@@ -1,0 +1,1 @@
+"""Compare compat with what else reads a recurrent model on a CPU: `python -m ci.bench.peers`."""
