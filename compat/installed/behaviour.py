@@ -108,6 +108,12 @@ def verdict(check: Callable[[Callable[..., Any]], None], function: Callable[...,
     return f"it cannot be run on tiny weights ({type(error).__name__}: {said})"
 
 
+def _stands_for(found: Any, inner: Callable[..., Any]) -> bool:
+    """Return whether a decorator calls this: the function itself, or a kernel of a package."""
+    package, own = (f"{getattr(f, '__module__', '')}".partition(".")[0] for f in (found, inner))
+    return found is inner or (isinstance(found, types.FunctionType) and package != own)
+
+
 def in_torch(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a released function, with its decorators, call the released functions in plain torch."""
     inner = beneath(function)
@@ -123,7 +129,8 @@ def in_torch(function: Callable[..., Any]) -> Callable[..., Any]:
     else:
         copied = in_torch(inner)
         cells = tuple(
-            types.CellType(copied) if cell.cell_contents is inner else cell for cell in cells
+            types.CellType(copied) if _stands_for(cell.cell_contents, inner) else cell
+            for cell in cells
         )
     copy = types.FunctionType(
         function.__code__, names, function.__name__, function.__defaults__, cells or None

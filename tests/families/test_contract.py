@@ -124,6 +124,27 @@ forward = decorated(forward)
         module.forward(3)
 
 
+def test_a_kernel_that_a_decorator_has_chosen_gives_way_to_the_function_in_torch():
+    """Do as transformers, which calls flash-linear-attention's function wherever it is installed."""
+    package, module = ModuleType("kernels_of_a_gpu"), ModuleType("released")
+    exec("def kernel(q): raise RuntimeError('0 active drivers')", vars(package))
+    source = """
+import functools
+def with_kernel(function):
+    @functools.wraps(function)
+    def wrapped(x): return 1 + implementation(x)
+    implementation = kernel
+    return wrapped
+@with_kernel
+def rule(x): return 2 * x
+"""
+    module.kernel = package.kernel
+    exec(source, vars(module))
+    seen = []
+    assert verdict(lambda run: seen.append(run(3)), module.rule) == ""
+    assert seen == [7]
+
+
 PROBES = {
     "mamba2": lambda: (
         mamba2_probe.of_mixer.__wrapped__(

@@ -21,14 +21,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from datetime import UTC, datetime
 from functools import partial
-from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -135,18 +133,6 @@ def compare(
     return rows(title, dtype, tokens, found, distances, far), left_out
 
 
-def leave_fla_out() -> None:
-    """Import the hybrid's model as where fla is not installed, which it takes and no CPU runs."""
-    modules: dict[str, Any] = sys.modules
-    before = {name: modules.pop(name) for name in [*modules] if name.partition(".")[0] == "fla"}
-    modules["fla"] = None
-    try:
-        import_module("transformers.models.qwen3_5.modeling_qwen3_5")
-    finally:
-        del modules["fla"]
-        modules.update(before)
-
-
 def absent(peers: Iterable[Peer]) -> tuple[list[Peer], list[str]]:
     """Return the peers that are installed, and a sentence for each that is not."""
     there, notes = [], []
@@ -198,7 +184,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    leave_fla_out()
     sizes, count = (SMOKE, 1) if options.smoke else (Sizes(), options.rounds)
     tokens = sizes.text // 4
     asked = [peer for peer in PEERS if options.only is None or peer.name in options.only]
