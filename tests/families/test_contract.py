@@ -125,7 +125,7 @@ forward = decorated(forward)
 
 
 def test_a_kernel_that_a_decorator_has_chosen_gives_way_to_the_function_in_torch():
-    """Do as transformers, which calls flash-linear-attention's function wherever it is installed."""
+    """Do as transformers, which calls flash-linear-attention where it is installed."""
     package, module = ModuleType("kernels_of_a_gpu"), ModuleType("released")
     exec("def kernel(q): raise RuntimeError('0 active drivers')", vars(package))
     source = """
