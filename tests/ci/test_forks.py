@@ -946,7 +946,7 @@ def test_transformers_is_probed_by_running_its_models(monkeypatch, right):
         assert right
 
     monkeypatch.setattr(test_released, "test_released_models_in_chunks", check)
-    for name in ("_bamba_without_positions", "_fused"):
+    for name in ("_bamba_without_positions", "_fused", "_fused_in_torch"):
         monkeypatch.setattr(behaviour, name, lambda *_, **__: right)
     found = behaviour.transformers()
     assert set(found) <= titles("transformers")
