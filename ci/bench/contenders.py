@@ -173,7 +173,7 @@ def _rwkv7(hidden: int, dtype: str, vocabulary: int) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3 / parameter.shape[-1] ** 0.5)
-    model.to(getattr(torch, dtype))  # type: ignore[arg-type]
+    model.to(getattr(torch, dtype))
     return model
 
 
