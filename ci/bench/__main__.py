@@ -224,6 +224,16 @@ def section(report: dict[str, Any], runs: Runs, sizes: Sizes) -> str:
     return markers.section(about, markdown, seconds, note, smoke=sizes != Sizes())
 
 
+def measured(part: str, smoke: bool) -> str:
+    """Say which part of the benchmark was run, when, and on what: a sentence's beginning."""
+    found = machine(torch.get_num_threads(), smoke)
+    return (
+        f"`python -m ci.bench.{part}`, on {datetime.now(UTC):%Y-%m-%d}, with {found['threads']} "
+        f"threads on {found['cores']} cores of {found['cpu']} ({found['instructions']}), torch "
+        f"{found['torch']}, transformers {found['transformers']}"
+    )
+
+
 def machine(threads: int, smoke: bool) -> dict[str, Any]:
     """Describe the machine and the versions that the numbers depend on."""
     info = Path("/proc/cpuinfo")

@@ -14,14 +14,13 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ci.bench.__main__ import machine
+from ci.bench.__main__ import measured
 from ci.bench.contenders import Sizes, make_model, ours, projections
 from ci.bench.profile_layer import rounds
 from ci.tables import markers
@@ -59,11 +58,8 @@ def row(shape: str, dtype: str, found: Found, tokens: int, sizes: Sequence[int])
 
 def section(rows: Sequence[Sequence[str]], tokens: int, sizes: Sequence[int], smoke: bool) -> str:
     """Write the section of RESULTS.md."""
-    found = machine(torch.get_num_threads(), smoke)
     about = (
-        f"`python -m ci.bench.chunk_sizes`, on {datetime.now(UTC):%Y-%m-%d}, with "
-        f"{found['threads']} threads on {found['cores']} cores of {found['cpu']}, torch "
-        f"{found['torch']}, transformers {found['transformers']}: {tokens:,} tokens of Mamba2; 4, "
+        f"{measured('chunk_sizes', smoke)}: {tokens:,} tokens of Mamba2; 4, "
         "2 and 1 layers of 768, 2,048 and 4,096. *Full*: a full pass over its matrix products. Of "
         "each size: time in chunks over the full pass, and in brackets that of the matrix products "
         "alone; what is above 1.05 and above those from 512 tokens on is bold."

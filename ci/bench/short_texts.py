@@ -12,7 +12,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
 
@@ -21,7 +20,7 @@ import transformers
 
 import compat
 from ci import corpus
-from ci.bench.__main__ import machine
+from ci.bench.__main__ import measured
 from ci.bench.contenders import HYBRID, SMOKE, Sizes, make_model, projections
 from ci.tables import markers
 from compat.default_model import load_default_model
@@ -87,11 +86,8 @@ def measure(name: str, dtype: str, count: int, sizes: Sizes, rounds: int) -> lis
 
 def section(rows: Sequence[Sequence[str]], count: int, smoke: bool) -> str:
     """Write the section of RESULTS.md."""
-    found = machine(torch.get_num_threads(), smoke)
     about = (
-        f"`python -m ci.bench.short_texts`, on {datetime.now(UTC):%Y-%m-%d}, with "
-        f"{found['threads']} threads on {found['cores']} cores of {found['cpu']}, torch "
-        f"{found['torch']}, transformers {found['transformers']}: {count:,} texts of 16 to 64 "
+        f"{measured('short_texts', smoke)}: {count:,} texts of 16 to 64 "
         f"tokens, {BATCH} at a time. *Over the floor*: over the model's matrix products. *Beside "
         "the model*: what tokenizing, Python and pooling take more than the model alone; the goal "
         "is 10 %."

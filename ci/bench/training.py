@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from functools import partial
 
 import torch
@@ -22,7 +21,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import compat
-from ci.bench.__main__ import machine
+from ci.bench.__main__ import measured
 from ci.bench.contenders import TRANSFORMER, Sizes, make_model
 from ci.bench.measure import measure
 from ci.tables import markers
@@ -116,14 +115,10 @@ def large(tokens: int) -> str:
 
 def section(rows: Sequence[Sequence[str]], sizes: Sizes, smoke: bool) -> str:
     """Write the section of RESULTS.md."""
-    found = machine(torch.get_num_threads(), smoke)
     about = (
-        f"`python -m ci.bench.training`, on {datetime.now(UTC):%Y-%m-%d}, with {found['threads']} "
-        f"threads on {found['cores']} cores of {found['cpu']}, torch {found['torch']}, "
-        f"transformers {found['transformers']}: one step on one text by a Mamba2 of "
-        f"{sizes.layers} layers of {sizes.hidden_size}, float32; beside it a GPT-NeoX of half as "
-        "many layers. *Peak*: above the model and its gradients. *Computed*: by "
-        "`compat.stream.training_size`."
+        f"{measured('training', smoke)}: one step on one text by a Mamba2 of {sizes.layers} layers "
+        f"of {sizes.hidden_size}, float32; beside it a GPT-NeoX of half as many layers. *Peak*: "
+        "above the model and its gradients. *Computed*: by `compat.stream.training_size`."
     )
     head = ["", "tokens", "chunk", "peak", "computed", "time"]
     parts = [markers.table(head, rows, numbers=True), large(65_536)]

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from compat.errors import UnsupportedVersionError
 from compat.families.base import Family
 from compat.families.fla import FlaRwkv
+from compat.families.lookup import FAMILIES
 from compat.families.xlstm import XLstm
 
 
@@ -260,4 +261,5 @@ def carrier_of(backbone: PreTrainedModel, family: Family) -> Carrier | None:
     """Return how a model's state becomes tensors; None where its chunks carry no gradients."""
     if isinstance(family, FlaRwkv):
         return _OF_FLA
-    return CARRIERS.get(str(getattr(backbone.config, "model_type", "")))
+    kind = str(getattr(backbone.config, "model_type", ""))
+    return CARRIERS.get(kind) if FAMILIES.get(kind) is family else None

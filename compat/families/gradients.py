@@ -23,7 +23,6 @@ from compat.families.carried import CARRIERS, carrier_of
 from compat.families.exact import Verdicts
 from compat.families.fla import FlaRwkv
 from compat.families.in_chunk import differentiable
-from compat.families.lookup import FAMILIES
 from compat.installed.behaviour import in_eval_mode, shielded
 
 # As a share of a parameter's largest gradient, in float32 on a CPU. Sums are taken in another
@@ -118,9 +117,7 @@ def require_gradients(backbone: PreTrainedModel, family: Family) -> None:
             "a model without attention layers: " + ", ".join(CARRIERS),
             _ELSE,
         )
-    if not isinstance(family, FlaRwkv) and (
-        kind not in CARRIERS or FAMILIES.get(kind) is not family
-    ):
+    if carrier_of(backbone, family) is None:
         raise UnsupportedModelError(
             f"{name}, of whose layers it is not known that they hand the gradient of a state on",
             f"a model of transformers of one of the types {', '.join(CARRIERS)}, or one of "

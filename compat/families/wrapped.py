@@ -109,7 +109,7 @@ def _difference(wrapper: nn.Module, inner: Any) -> str:
     vocabulary = inner.get_input_embeddings().weight.shape[0]
     generator = torch.Generator("cpu").manual_seed(0)
     # A comparison is not worth compiling for.
-    with shielded(), in_eval_mode(wrapper), nothing_compiled():
+    with shielded(), in_eval_mode(wrapper), nothing_compiled:
         ids = torch.randint(3, vocabulary, (2, 12), generator=generator).to(device)
         try:
             found, wanted = (

@@ -6,7 +6,7 @@ import atexit
 import copyreg
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 from compat.errors import UnsupportedVersionError
 from compat.families import delta, mamba2
@@ -16,45 +16,30 @@ from compat.hooks.report import Report, sentence_transformers_status, transforme
 from compat.hooks.size import Share, Size, encoding
 from compat.installed import recurrent_cache
 from compat.installed.patches import Patches
+from compat.installed.shared import Shared
 
 # A worker process without the hooks would take the argument, ignore it, and read whole texts.
 for _kind in (Size, Share):
     copyreg.pickle(_kind, lambda size: (_receive, (type(size), int(size))))
 
 _lock = threading.RLock()
-_holders = 0
-_patches: Patches | None = None
-_models = ExitStack()
 _lasting = ExitStack()
 # Otherwise the hooks might be let go of after the module that knows how.
 atexit.register(_lasting.close)
 _is_lasting = False
 
 
-@contextmanager
-def held() -> Iterator[None]:
-    """Keep the hooks in for the length of a `with` block, whoever else holds them, in any thread.
+def held() -> AbstractContextManager[None]:
+    """Return what keeps the hooks in for the length of a `with` block, whoever else holds them.
 
     The first holder puts them in, and the last one takes them out. A call of `encode` in chunks is
     a holder too.
     """
-    global _holders, _models, _patches
-    with _lock:
-        if _patches is None:
-            _models, _patches = _put_in()
-        _holders += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _holders -= 1
-            if not _holders:
-                _patches.undo()
-                _patches = None
-                _models.close()
+    return _hooks
 
 
-def _put_in() -> tuple[ExitStack, Patches]:
+@contextmanager
+def _put_in() -> Iterator[Patches]:
     """Replace attributes of the libraries: all that are planned, or none."""
     recurrent_cache.require_support()
     with ExitStack() as stack:
@@ -64,8 +49,10 @@ def _put_in() -> tuple[ExitStack, Patches]:
         stack.enter_context(mamba2.full_passes())
         for rule in delta.PATCHED.values():
             stack.enter_context(rule)
-        patches = Patches(encoder.plan(held))
-        return stack.pop_all(), patches
+        yield stack.enter_context(Patches(encoder.plan(held)))
+
+
+_hooks = Shared(_put_in)
 
 
 def enable_vertical_chunking() -> Report:
@@ -126,7 +113,6 @@ def _receive(kind: type[Size], size: int) -> Size:
 
 def status() -> Report:
     """Report the state of vertical chunking in each library, without changing anything."""
-    in_models = _patches is not None and any(held.patched for held in family_patches())
-    return Report(
-        (transformers_status(in_models), sentence_transformers_status(bool(_patches))),
-    )
+    patches = _hooks.value
+    in_models = patches is not None and any(held.patched for held in family_patches())
+    return Report((transformers_status(in_models), sentence_transformers_status(bool(patches))))

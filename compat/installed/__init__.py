@@ -3,4 +3,4 @@
 Other rooms use the modules in `__all__`; the remaining modules are private to this room.
 """
 
-__all__ = ["behaviour", "eager", "hub_kernels", "patches", "recurrent_cache"]
+__all__ = ["behaviour", "eager", "hub_kernels", "patches", "recurrent_cache", "shared"]

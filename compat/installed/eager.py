@@ -10,19 +10,18 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from compat.installed.shared import Shared
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_lock = threading.Lock()
-_holders = 0
-_stance: AbstractContextManager[None] | None = None
+# Runs compiled functions and modules as they are; it cannot be entered in compiled code.
+nothing_compiled = Shared(lambda: torch.compiler.set_stance("force_eager"))
 _alone: Callable[..., Any] | None = None
 
 _REASON = (
@@ -61,27 +60,5 @@ def _outside() -> Callable[..., Any]:
 
 
 def _run(function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-    with nothing_compiled():
+    with nothing_compiled:
         return function(*args, **kwargs)
-
-
-@contextmanager
-def nothing_compiled() -> Iterator[None]:
-    """Run compiled functions and modules as they are, for the length of a `with` block.
-
-    It cannot be entered in compiled code. Threads hold it together: the last one lets go of it.
-    """
-    global _holders, _stance
-    with _lock:
-        if not _holders:
-            _stance = torch.compiler.set_stance("force_eager")
-            _stance.__enter__()
-        _holders += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _holders -= 1
-            if not _holders and _stance is not None:
-                _stance.__exit__(None, None, None)
-                _stance = None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from compat.installed.recurrent_cache import STATES, parameters
+from compat.installed.shared import Shared
 
 Patch = tuple[Any, str, object]
 """A class or module, the name of an attribute, and what to put there."""
@@ -70,7 +70,7 @@ class MixerCall(NamedTuple):
 
 
 class Patches:
-    """Attributes that were replaced, with their former values.
+    """Attributes that were replaced, with their former values, for the length of a `with` block.
 
     Args:
         planned: The patches; if one of them fails, those before it are undone.
@@ -88,6 +88,12 @@ class Patches:
     def __len__(self) -> int:
         return len(self._undo)
 
+    def __enter__(self) -> Patches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
     def _set(self, owner: Any, name: str, value: object) -> None:
         # An inherited attribute is overridden here, and the override is deleted later.
         before = vars(owner).get(name, self)
@@ -104,29 +110,13 @@ class Patches:
                 setattr(owner, name, before)
 
 
-class Held:
+class Held(Shared[Patches]):
     """Patches that are in place while anybody holds them, in any thread."""
 
     def __init__(self, plan: Callable[[], Sequence[Patch]]) -> None:
-        self._plan = plan
-        self._lock = threading.Lock()
-        self._holders = 0
-        self._patches: Patches | None = None
+        super().__init__(lambda: Patches(plan()))
 
     @property
     def patched(self) -> bool:
         """Return whether anything is replaced at this moment."""
-        return bool(self._patches)
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._patches is None:
-                self._patches = Patches(self._plan())
-            self._holders += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._holders -= 1
-            if not self._holders and self._patches is not None:
-                self._patches.undo()
-                self._patches = None
+        return bool(self.value)

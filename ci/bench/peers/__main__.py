@@ -25,7 +25,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -39,7 +38,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 import compat
-from ci.bench.__main__ import machine
+from ci.bench.__main__ import measured
 from ci.bench.contenders import HYBRID, RWKV7, SMOKE, Sizes, make_model, projections
 from ci.bench.peers import by_llama, by_openvino, by_rwkv
 from ci.bench.peers.common import CannotReadError, Peer, Place, Read
@@ -153,12 +152,9 @@ def section(
     smoke: bool,
 ) -> str:
     """Write the section of RESULTS.md."""
-    found = machine(torch.get_num_threads(), smoke)
     releases = ", ".join(f"{peer.name} {version(peer.name)}" for peer in peers) or "no peer"
     about = (
-        f"`python -m ci.bench.peers`, on {datetime.now(UTC):%Y-%m-%d}, with {found['threads']} "
-        f"threads on {found['cores']} cores of {found['cpu']} ({found['instructions']}), torch "
-        f"{found['torch']}, transformers {found['transformers']}, {releases}: {tokens:,} tokens of "
+        f"{measured('peers', smoke)}, {releases}: {tokens:,} tokens of "
         f"one text, {chunk} at a time (OpenVINO: all at once), random weights. *Over the floor*: "
         "time over that of the matrix products of the linear layers, in torch; *over compat*: over "
         "that of compat, beside which 1 is as fast and more is slower; medians of rounds in turns. "
