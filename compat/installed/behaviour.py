@@ -7,6 +7,7 @@ functions that it calls do, and it may change while the numbers stay.
 from __future__ import annotations
 
 import functools
+import logging
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compat.installed.patches import Held
 from compat.installed.recurrent_cache import beneath, innermost
 
 # Both compute in float32, in another order, which costs some 4e-7. A difference in meaning is much
@@ -26,10 +28,18 @@ class Differs(Exception):
     """Raised where a released function computes something else than its replacement; says what."""
 
 
+_UNSAID = Held(lambda: [(logging.Logger, "warning_once", lambda *_args, **_kwargs: None)])
+
+
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Run tiny models whatever the caller's modes are, and leave these modes unchanged."""
+    """Run tiny models whatever the caller's modes are, and leave these modes unchanged.
+
+    What transformers says once, it does not say of them: that a function is slower than a kernel is
+    true of the caller's model only if that calls it, and then it is said there.
+    """
     with ExitStack() as stack:
+        stack.enter_context(_UNSAID)
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

@@ -1,6 +1,7 @@
 """The contract between compat and released code: names under decorators, and its results."""
 
 import functools
+import logging
 import threading
 from types import ModuleType
 
@@ -16,7 +17,7 @@ from compat.families import delta, exact, mamba1, mamba2_probe, rwkv4, tiny_mode
 from compat.families import mamba2 as _fused
 from compat.families.lookup import backbone_of
 from compat.hooks import report as _report
-from compat.installed.behaviour import Differs, compare, in_torch, verdict
+from compat.installed.behaviour import Differs, compare, in_torch, shielded, verdict
 from compat.installed.patches import MixerCall, arguments
 from compat.installed.recurrent_cache import forward_of, parameters, state_argument, state_of
 
@@ -173,6 +174,16 @@ PROBES = {
         tiny_models.build(tiny_models.config("zamba2")), backbone_of(tiny_model("zamba2"))[1]
     ),
 }
+
+
+def test_what_is_said_once_is_not_said_of_tiny_models_and_still_of_others(caplog):
+    logger, said = logging.getLogger("a.test"), logging.Logger.warning_once
+    with shielded(), shielded():
+        logger.warning_once("it is slow")
+    assert logging.Logger.warning_once is said
+    assert not caplog.messages
+    logger.warning_once("it is slow")
+    assert caplog.messages == ["it is slow"]
 
 
 def modes():

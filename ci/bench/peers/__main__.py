@@ -8,6 +8,7 @@ that is not installed, or does not take a model, is named below the table, with 
 In an environment of its own, with a C++ compiler (llama-cpp-python is built from its source, for a
 quarter of an hour):
 
+    python -m pip install --upgrade pip
     CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" python -m pip install -c ci/constraints.txt \
         -e ".[fla]" --group peers
     python -m ci.bench.peers --readme
