@@ -191,8 +191,8 @@ def embed(
         typer.Option(
             metavar="NAME",
             help="Embed the passages that this column of JSON lines or .parquet names for each "
-            "text, in place of --spans: a list of [start, end], in characters, overlapping or "
-            "not. The sha256 is then of the text and its spans.",
+            "text, in place of --spans: a list of pairs of start and end, in characters, "
+            "overlapping or not. The sha256 is then of the text and its spans.",
             show_default=False,
         ),
     ] = None,

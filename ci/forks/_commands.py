@@ -165,7 +165,7 @@ def check(library: str, root: Path = ROOT, *, quick: bool = False, only: str = "
         tree = Path(folder, "tree")
         build(fork, listed(fork), tree)
         found = check_requests(fork, tree, quick=quick, only=only)
-    return [f"{library}: {fault}." for fault in found]
+    return [f"{library}: {fault.removesuffix('.')}." for fault in found]
 
 
 def _check(fork: Fork) -> list[str]:

@@ -42,7 +42,7 @@ def check_requests(fork: Fork, tree: Path, *, quick: bool = False, only: str = "
                 if not quick and request.state != "draft":
                     found += held(fork, tree, request, before, after)
             except ForkError as error:
-                found.append(str(error))
+                found.append(str(error).removeprefix(f"{request.path.name}: "))
         faults += [f"{request.path.name}: {fault}" for fault in found]
     return faults
 

@@ -95,7 +95,7 @@ def _require_written(
             raise UnsupportedModelError(
                 f"a {type(backbone).__name__} whose layer {index} gave no state after a chunk",
                 "layers that take their state from the cache, and give it",
-                "take what replaces the layer's forward off the model, or encode it without "
+                "remove what replaces the layer's forward, or encode it without "
                 "vertical_chunk_size",
             )
 

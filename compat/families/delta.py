@@ -167,7 +167,7 @@ def _module_of(model_type: str) -> Any:
 
 
 def plan(model_type: str) -> list[Patch]:
-    """List the patches of transformers for one of `RULES`; none where its rule is another."""
+    """List the patches of transformers for one of `RULES`; none where its rule differs."""
     module, name = _module_of(model_type), RULES[model_type]
     rule = _function(model_type, name, _KNOWN)
     if rule is None:
@@ -192,12 +192,12 @@ def on_cpu(model_type: str) -> str | None:
     if rule is None:
         return f"not used, as there is no function {name} of the known arguments"
     if reason := differs(released(rule), name == _OF_CHANNELS):
-        return f"not used, as its rule is another; {reason}"
+        return f"not used, as its rule differs; {reason}"
     convolution = _function(model_type, _CONVOLUTION, _OF_CONVOLUTION)
     if convolution is None:
         return f"only its rule, as there is no function {_CONVOLUTION} of the known arguments"
     reason = convolution_differs(released(convolution))
-    return reason and f"only its rule, as its convolution is another; {reason}"
+    return reason and f"only its rule, as its convolution differs; {reason}"
 
 
 PATCHED = {model_type: Held(functools.partial(plan, model_type)) for model_type in RULES}

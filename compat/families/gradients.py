@@ -119,7 +119,7 @@ def require_gradients(backbone: PreTrainedModel, family: Family) -> None:
         )
     if carrier_of(backbone, family) is None:
         raise UnsupportedModelError(
-            f"{name}, of whose layers it is not known that they hand the gradient of a state on",
+            f"{name}, whose layers are not known to hand on the gradient of a state",
             f"a model of transformers of one of the types {', '.join(CARRIERS)}, or one of "
             "flash-linear-attention of the types rwkv6, rwkv7",
             _ELSE,
@@ -144,7 +144,7 @@ def require_gradients(backbone: PreTrainedModel, family: Family) -> None:
             f"{name}, which {reason}",
             "layers that are differentiable in the state that they begin from and give out",
             _MENDED_BY.get(kind, "")
-            + 'take kernels off the model, as with compat.ops.using("torch"), or '
+            + 'run it without kernels, as with compat.ops.using("torch"), or '
             + _ELSE,
         )
 

@@ -111,8 +111,7 @@ class Mamba(Family):
             raise UnsupportedModelError(
                 f"a {type(backbone).__name__} of which layers {missed} began from no state",
                 "mixers that run transformers' own mamba_selective_scan",
-                "take what replaces their forward off the model, or encode without "
-                "vertical_chunk_size",
+                "remove what replaces their forward, or encode without vertical_chunk_size",
             )
         return output
 
@@ -385,7 +384,7 @@ def on_cpu(model_type: str) -> str | None:
     if find_spec("mamba_ssm") is not None:
         return "not used, as mamba-ssm is installed"
     reason = differs(released(getattr(modeling(model_type), _SCAN)))
-    return reason and f"not used, as its scan is another; {reason}"
+    return reason and f"not used, as its scan differs; {reason}"
 
 
 PATCHED = {model_type: Held(functools.partial(plan, model_type)) for model_type in MIXERS}

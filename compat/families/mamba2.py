@@ -101,8 +101,8 @@ def on_cpu(model_type: str) -> str | None:
     reason = mamba2_probe.of_mixer(model_type, mixer, forward, _on_torch).reason
     scan = _scan_of(module)
     if reason and scan is not None and not mamba2_probe.scan_differs(released(scan)):
-        return f"only its scan, as its mixer is another; {reason}"
-    return reason and f"not used, as its mixer is another; {reason}"
+        return f"only its scan, as its mixer differs; {reason}"
+    return reason and f"not used, as its mixer differs; {reason}"
 
 
 def _mixer_of(model_type: str) -> tuple[Any, Any]:
@@ -192,7 +192,7 @@ def _with_fast_scan(scan: Callable[..., Any]) -> Callable[..., Any]:
 def _on_torch(mixer: Any, inputs: Tensor, cache: Any, seq_idx: Tensor | None) -> Any:
     """Run the fused path in plain torch, in the form that the probe calls."""
     if not _is_exact(mixer, inputs):
-        raise Differs("its convolution or its norm is another")
+        raise Differs("its convolution or its norm differs")
     run = portable if seq_idx is None else functools.partial(portable, seq_idx=seq_idx)
     return _continue(run, mixer, inputs, cache)
 

@@ -131,7 +131,7 @@ def on_cpu() -> str | None:
         return None
     wkv = _wkv_of(module)
     reason = "it takes other arguments" if wkv is None else differs(released(wkv))
-    return reason and f"not used, as its wkv is another; {reason}"
+    return reason and f"not used, as its wkv differs; {reason}"
 
 
 def _wkv_of(module: Any) -> Any:

@@ -274,9 +274,9 @@ class Reader:
     def _require_whole(self) -> None:
         if self._broken:
             raise VerticalChunkingError(
-                "a Reader of which a call has failed halfway",
-                "a reader that has read all of its text",
-                "go on from a fork or a file of before, or read the text again",
+                "a Reader whose last call failed halfway",
+                "a Reader that has read all of its text",
+                "go on from an earlier fork or file, or read the text again",
             )
 
 

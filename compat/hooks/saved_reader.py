@@ -123,7 +123,7 @@ def read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
             _AGAIN,
         )
     if _hash_of_file(metadata, tensors) != digest:
-        raise _torn(path, "its sha256 is another")
+        raise _torn(path, "its sha256 differs")
     header: dict[str, Any] = json.loads(metadata["reader"])
     return tensors, header
 

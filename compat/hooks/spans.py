@@ -152,7 +152,7 @@ def _check_ends(spans: list[Span], among: Iterable[int], chars: int) -> None:
 def _refuse_limit(spans: list[Span], cut: list[int], limit: int | None) -> None:
     if cut:
         raise ValueError(
-            f"Span {cut[0]}, {spans[cut[0]]}, ends behind the model's limit of {limit} tokens, "
+            f"Span {cut[0]}, {spans[cut[0]]}, ends beyond the model's limit of {limit} tokens, "
             f"where encode cuts a text{_more(cut)}: raise model.max_seq_length."
         )
 

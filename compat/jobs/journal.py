@@ -62,7 +62,7 @@ def locked(path: Path) -> Iterator[BinaryIO]:
             except BlockingIOError as error:
                 raise VerticalChunkingError(
                     f"another command that is writing {path}",
-                    "an output for this one alone",
+                    "an output that no other command writes",
                     "wait for the other one, or give another --output",
                 ) from error
             except OSError:

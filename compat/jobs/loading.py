@@ -164,7 +164,7 @@ def _try(model: SentenceTransformer, path: str) -> None:
     except UnsupportedModelError as error:
         raise VerticalChunkingError(
             f"{path}, {error.found}",
-            "a recurrent model; `python -m compat status --models` has all that can be read",
+            "a recurrent model; `python -m compat status --models` lists all that can be read",
             "give --model one of these",
         ) from error
     except VerticalChunkingError as error:

@@ -178,7 +178,7 @@ def _workers(wanted: int | None, needs: Mapping[str, Any]) -> int:
         raise VerticalChunkingError(
             f"a Ray cluster with room for {max(0, room)} workers beside a CPU that reads",
             f"room for {wanted or 1}, each with {dict(needs)}",
-            "give fewer --workers, or let ray have more",
+            "give fewer --workers, or give Ray more resources",
         )
     return wanted or room
 

@@ -34,7 +34,7 @@ def using(backend: Backend) -> Iterator[None]:
         raise ValueError(f"backend must be one of {get_args(Backend)}; found {backend!r}.")
     if backend == "native" and compiled.library() is None:
         raise RuntimeError(
-            f"The native kernels are not to be had: {compiled.reason()}. Install a C++ compiler, "
+            f"The native kernels are not available: {compiled.reason()}. Install a C++ compiler, "
             'or use "torch".'
         )
     token = _chosen.set(backend)
@@ -52,7 +52,7 @@ def backend() -> Backend:
 def describe() -> str:
     """Describe in one line the native kernels and how they were built, or why torch is used."""
     if compiled.library() is None:
-        return f"plain torch, as the native kernels are not to be had: {compiled.reason()}"
+        return f"plain torch, as the native kernels are not available: {compiled.reason()}"
     return f"{'native kernels' if backend() == 'native' else 'plain torch'}, {compiled.reason()}"
 
 

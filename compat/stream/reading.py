@@ -55,7 +55,7 @@ class Reading:
             RuntimeError: The reading has ended, or a chunk before has failed.
         """
         if self._ended:
-            raise RuntimeError("read() behind a single token, or after a chunk that failed.")
+            raise RuntimeError("read() after a single token, or after a chunk that failed.")
         self._ended = True  # Until the chunk is through, the state is neither old nor new.
         # The xlstm package's own model has no attribute `device`.
         tokens = padded([[*ids]], self.start).to(next(self._backbone.parameters()).device)

@@ -175,7 +175,7 @@ class SpanPooling:
         for start in starts:
             if start < self._last:
                 raise UnsupportedTokenizerError(
-                    f"a token that begins at character {start}, behind one at {self._last}",
+                    f"a token that begins at character {start}, after one at {self._last}",
                     "tokens in the order of the text",
                     "report the tokenizer; encode does not need the places of tokens",
                 )

@@ -206,7 +206,7 @@ def describe(backend: Tokenizer) -> str:
 def _backend(tokenizer: Any) -> Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not isinstance(backend, Tokenizer):
-        raise unsupported(f"the class {type(tokenizer).__name__}, which is no fast tokenizer")
+        raise unsupported(f"the class {type(tokenizer).__name__}, which is not a fast tokenizer")
     return backend
 
 

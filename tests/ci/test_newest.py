@@ -1,5 +1,6 @@
 """The table of the newest releases: its verdicts, and when it fails."""
 
+import sys
 import types
 from pathlib import Path
 
@@ -99,6 +100,12 @@ def test_hooks_that_go_in_and_come_out_are_right():
     assert newest.hooks() == "right"
 
 
+def test_hooks_that_are_in_when_the_check_begins_are_right(monkeypatch):
+    monkeypatch.delitem(sys.modules, "tests.hooks.test_switch", raising=False)
+    compat.enable_vertical_chunking()
+    assert newest.hooks() == "right"
+
+
 def test_a_hook_that_stays_is_not_right(monkeypatch):
     pooling = newest.importlib.import_module("tests.hooks.test_switch").Pooling
     before = pooling.forward
@@ -117,12 +124,12 @@ def test_a_hook_that_stays_is_not_right(monkeypatch):
 
 def test_a_fast_path_that_is_not_taken_or_not_known_is_slower(monkeypatch):
     own = newest.fast_paths()
-    paths = dict.fromkeys(own, "") | {"mamba2": "its mixer is another: 0.3"}
+    paths = dict.fromkeys(own, "") | {"mamba2": "its mixer differs: 0.3"}
     del paths["jamba"]
     monkeypatch.setattr(compat, "status", lambda: types.SimpleNamespace(paths=paths))
     found = newest.fast_paths()
     assert found.keys() == own.keys() > {"rwkv", "zamba2"}
-    assert found["mamba2"] == "slower: its mixer is another: 0.3"
+    assert found["mamba2"] == "slower: its mixer differs: 0.3"
     assert found["jamba"].startswith("slower: compat's report does not name it")
     assert {found[name] for name in found.keys() - {"mamba2", "jamba"}} == {"right"}
 

@@ -222,9 +222,9 @@ def test_a_request_stands_on_what_it_needs_and_nothing_else(root, tree):
     forks.export("tiny", root)
     page(root, 3, "eleven")
     forks.write_index("tiny", root)
-    assert (
-        "03-say-eleven.md: Say-eleven does not fit the release with what the request needs: "
-        "tiny/core.py: hunk 1, lines 11 to 15" in problems(root, quick=True)
+    assert problems(root, quick=True) == (
+        "tiny: 03-say-eleven.md: Say-eleven does not fit the release with what the request needs: "
+        "tiny/core.py: hunk 1, lines 11 to 15."
     )
     edit(root, 'state = "ready"', 'state = "waits"\nneeds = ["say-ten"]', 3)
     forks.write_index("tiny", root)

@@ -269,7 +269,7 @@ def test_where_the_mixer_is_another_its_scan_alone_is_replaced(monkeypatch):
     assert (chunked(model, ids) - wanted).abs().max() <= CHUNKED[torch.float32]
     assert calls
     why = compat.status().paths["mamba2"]
-    assert why.startswith("only its scan, as its mixer is another; left padding: it gives ")
+    assert why.startswith("only its scan, as its mixer differs; left padding: it gives ")
     assert f"\n    mamba2: {why}" in str(compat.status())
 
 
@@ -297,7 +297,7 @@ def test_a_family_that_does_not_continue_is_refused_alone(monkeypatch):
         wanted = bamba(ids).last_hidden_state
         with compat.vertical_chunking() as report:
             assert torch.equal(bamba(ids).last_hidden_state, wanted)
-            assert report.paths["bamba"].startswith("not used, as its mixer is another; ")
+            assert report.paths["bamba"].startswith("not used, as its mixer differs; ")
             assert report.paths["mamba2"] == ""
 
 
@@ -361,7 +361,7 @@ def test_a_delta_rule_that_is_another_is_left_alone(another_rule):
     with compat.vertical_chunking() as report:
         assert torch.equal(model(ids, use_cache=False).last_hidden_state, wanted)
         why = report.paths["qwen3_next"]
-        assert why.startswith("not used, as its rule is another; 4 tokens: it gives ")
+        assert why.startswith("not used, as its rule differs; 4 tokens: it gives ")
         assert report.paths["kimi_linear"] == ""
 
 
@@ -372,7 +372,7 @@ def test_where_only_the_convolution_is_another_the_rule_is_replaced(another_rule
         wanted = model(ids, use_cache=False).last_hidden_state
     assert (chunked(model, ids) - wanted).abs().max() <= CHUNKED[torch.float32]
     why = compat.status().paths["qwen3_next"]
-    assert why.startswith("only its rule, as its convolution is another; a width of 4: it gives ")
+    assert why.startswith("only its rule, as its convolution differs; a width of 4: it gives ")
 
 
 # The status, about versions.

@@ -278,7 +278,7 @@ def test_without_native_kernels_it_says_once_that_plain_torch_runs(compiler, mon
     done = subprocess.run([sys.executable, "-c", SCANS], capture_output=True, text=True)
     assert not done.returncode, done.stderr
     if compiler:
-        assert done.stdout.startswith("plain torch, as the native kernels are not to be had: /bin")
+        assert done.stdout.startswith("plain torch, as the native kernels are not available: /bin")
         assert done.stderr.count("WARNING mamba-ssm on a CPU runs in plain torch") == 1
     else:
         assert done.stdout.startswith("native kernels, built by")

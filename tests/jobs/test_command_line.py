@@ -28,6 +28,7 @@ from support.stack import FORKS
 from support.tolerances import COSINE
 from tokenizers import normalizers
 from transformers import BertConfig, BertModel
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import compat
@@ -1038,10 +1039,11 @@ def test_without_pyarrow_the_remedy_is_named(monkeypatch):
 # Help and status.
 
 
-def test_help_names_every_option():
-    def plain_help(*args):
-        return re.sub(r"\x1b\[[\d;]*m", "", run(*args, "--help").stdout)
+def plain_help(*args):
+    return re.sub(r"\x1b\[[\d;]*m", "", run(*args, "--help").stdout)
 
+
+def test_help_names_every_option():
     assert "embed" in plain_help()
     assert "--models" in plain_help("status")
     text = plain_help("embed")
@@ -1056,6 +1058,15 @@ def test_help_names_every_option():
         ".gz", ".bz2", ".zst", "kept", "FILE:LINE", "512", "float16",
     ):  # fmt: skip
         assert word in text
+
+
+@pytest.mark.parametrize("name", ["embed", "status"])
+def test_help_shows_all_that_was_written(name, monkeypatch):
+    """Words in square brackets would be taken for colors."""
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = plain_help(name).split()
+    for parameter in get_command(app).commands[name].params:
+        assert {*(parameter.help or "").split()} <= {*shown}
 
 
 def test_libraries_that_cannot_be_imported(monkeypatch):

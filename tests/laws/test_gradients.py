@@ -467,7 +467,7 @@ def test_zero_3():
 
 
 @pytest.mark.parametrize(
-    ("model_type", "remedy"), [("mamba2", "Remedy: take"), ("mamba", "selective-scan-states")]
+    ("model_type", "remedy"), [("mamba2", "Remedy: run"), ("mamba", "selective-scan-states")]
 )
 def test_layers_that_ignore_the_gradient_of_their_last_state(model_type, remedy, monkeypatch):
     """Stand in for a kernel that gives out a state and takes no gradient for it."""

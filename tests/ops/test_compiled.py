@@ -285,7 +285,7 @@ def test_without_it_plain_torch_runs_and_the_reason_is_said(
     assert "\n" not in reason
     monkeypatch.setattr(compiled, "_loaded", lambda: (None, reason))
     assert ops.backend() == "torch"
-    assert f"plain torch, as the native kernels are not to be had: {reason}" in str(compat.status())
+    assert f"plain torch, as the native kernels are not available: {reason}" in str(compat.status())
     with pytest.raises(RuntimeError, match=re.escape(reason)), ops.using("native"):
         pass
 
