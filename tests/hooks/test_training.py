@@ -1,5 +1,8 @@
 """A model in training mode with a training_chunk_size: losses have the gradients of one pass."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -29,9 +32,9 @@ def columns(model):
     return [model.preprocess(column) for column in texts]
 
 
-def gradients(model, loss):
+def gradients(model, loss, batch=None):
     model.zero_grad()
-    loss(columns(model), None).backward()
+    loss(batch or columns(model), None).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -131,6 +134,57 @@ def test_distributed_data_parallel_sees_each_parameter_once(model):
     assert found.keys() == wanted.keys()
     for name, one in wanted.items():
         torch.testing.assert_close(found[name], one)
+
+
+ONE_OF_TWO = """
+import datetime
+import sys
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+import compat
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+compat.enable_vertical_chunking()
+torch.distributed.init_process_group(
+    "gloo",
+    init_method=f"file://{folder}/store",
+    rank=rank,
+    world_size=2,
+    timeout=datetime.timedelta(minutes=2),  # Where the other process has failed.
+)
+model = SentenceTransformer(f"{folder}/model", device="cpu").train()
+model.training_chunk_size = 7
+loss = torch.nn.parallel.DistributedDataParallel(MultipleNegativesRankingLoss(model))
+loss(torch.load(f"{folder}/batch{rank}.pt", weights_only=False), None).backward()
+gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+torch.save(gradients, f"{folder}/gradients{rank}.pt")
+"""
+
+
+def test_distributed_data_parallel_takes_the_mean_over_two_processes(model, tmp_path):
+    model.save_pretrained(f"{tmp_path}/model")
+    model.train()
+    parts = []
+    for rank in range(2):
+        batch = [
+            model.preprocess([text(n, 2 * rank + s) for n in c]) for s, c in enumerate(LENGTHS)
+        ]
+        torch.save(batch, tmp_path / f"batch{rank}.pt")
+        parts.append(gradients(model, losses.MultipleNegativesRankingLoss(model), batch))
+    command = [sys.executable, "-c", ONE_OF_TWO]
+    runs = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"gradients{rank}.pt")
+        assert found.keys() == parts[0].keys()
+        for name, one in found.items():
+            wanted = (parts[0][name] + parts[1][name]) / 2
+            off = float((one - wanted).abs().max() / wanted.abs().max())
+            assert off <= GRADIENTS[torch.float32], name
+        assert any(not torch.allclose(found[name], parts[rank][name]) for name in found)
 
 
 def test_it_is_for_training_alone(model):
