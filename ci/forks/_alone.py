@@ -106,7 +106,7 @@ def request(
     fork = Fork.read(library, root)
     one, made = page(fork, name), commits_by_name(fork, tree)
     if not (checkout / ".git").exists():
-        raise ForkError(f"{checkout} is no clone of {library}: it has no .git.")
+        raise ForkError(f"{checkout} is not a clone of {library}: it has no .git.")
     if changes := git(checkout, "status", "--porcelain", "--untracked-files=no").splitlines():
         raise ForkError(f"{checkout} has changes ({changes[0][3:]}); commit or stash them first.")
     if git(checkout, "branch", "--list", one.name).strip():

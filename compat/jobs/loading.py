@@ -147,9 +147,9 @@ def _weights_that_lack(path: str) -> Iterator[None]:
 def _what_is_there(path: Path) -> str | None:
     """Say why this cannot be the folder of a model; None if it can."""
     if not path.exists():
-        return "where nothing is"
+        return "which does not exist"
     if not path.is_dir():
-        return "which is no folder"
+        return "which is not a folder"
     if not any((path / name).exists() for name in ("config.json", "modules.json")):
         return "a folder without config.json and modules.json"
     return None

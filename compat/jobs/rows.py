@@ -130,7 +130,7 @@ class RowEmbedder:
 
 
 def id_of(table: pa.Table, number: int, columns: Columns) -> str | None:
-    """Return the id of a row as a string; None if it has none, or one that is no text."""
+    """Return the id of a row as a string; None if it has none, or one that is not text."""
     try:
         value = table[columns.id][number].as_py()
     except UnicodeDecodeError:

@@ -20,7 +20,7 @@ class ChangedError(Exception):
 
 
 class NotTextError(Exception):
-    """A file is no text in UTF-8: the line, counted from 1, and the first byte that is none."""
+    """A file is not text in UTF-8: the line, counted from 1, and the first byte that is not."""
 
     def __init__(self, line: int, byte: int) -> None:
         super().__init__(line, byte)

@@ -765,8 +765,8 @@ def test_a_model_that_is_none(tmp_path):
     write("a.txt", "text")
     (tmp_path / "folder").mkdir()
     args = ["a.txt", "--model"]
-    assert "missing, where nothing is" in refusal(*args, "missing")
-    assert "a.txt, which is no folder" in refusal(*args, "a.txt")
+    assert "missing, which does not exist" in refusal(*args, "missing")
+    assert "a.txt, which is not a folder" in refusal(*args, "a.txt")
     assert "a folder without config.json" in refusal(*args, "folder")
 
 
