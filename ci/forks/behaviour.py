@@ -40,7 +40,8 @@ def of(library: str, tree: Path) -> dict[str, bool]:
     """Say what holds of the sources in `tree`, found in a process of its own."""
     path = [str(tree / PACKAGES[library]), str(ROOT), os.environ.get("PYTHONPATH", "")]
     run = subprocess.run(
-        [sys.executable, "-m", "ci.forks.behaviour", library],
+        # ci.forks imports this module, which -m warns of.
+        [sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-m", __name__, library],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         text=True,
