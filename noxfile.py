@@ -40,7 +40,7 @@ def tests(session):
 
 @nox.session(default=False)
 def forks(session):
-    """Build the forks, check that each series is in order, and print the roadmap."""
+    """Build the forks, hold each request to its page, and print the roadmap: 40 minutes."""
     install(session, "tests")  # Some items of the roadmap are probed by running tiny models.
     for verb in ["sync", "check", "status"]:
         session.run("python", "-m", "ci.forks", verb, *session.posargs)
