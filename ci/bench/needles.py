@@ -1,4 +1,4 @@
-"""Train on answers that lie far back: `python -m ci.bench.needles [--readme]`, 15 minutes.
+"""Train on answers that lie far back: `python -m ci.bench.needles [--readme]`, 11 minutes.
 
 A text of 8,192 tokens names, once and in its first half, who it is about; it mentions other names
 all along. A small Mamba2 embeds texts and queries by their last token, and is trained from the same
