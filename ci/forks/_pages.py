@@ -141,7 +141,7 @@ def needed(requests: list[Request], request: Request) -> list[Request]:
     while todo:
         name = todo.pop()
         if name not in by_name:
-            raise ForkError(f"{request.path}: needs {name!r}, and no page has that name.")
+            raise ForkError(f"{request.path.name}: needs {name!r}, and no page has that name.")
         if name not in found:
             found.add(name)
             todo += by_name[name].needs

@@ -230,7 +230,9 @@ def test_a_request_stands_on_what_it_needs_and_nothing_else(root, tree):
     forks.write_index("tiny", root)
     assert problems(root, only="say-eleven") == ""
     edit(root, "say-ten", "say-nothing", 3)
-    assert "needs 'say-nothing', and no page has that name" in problems(root, only="say-eleven")
+    assert problems(root, only="say-eleven") == (
+        "tiny: 03-say-eleven.md: needs 'say-nothing', and no page has that name."
+    )
 
 
 @pytest.mark.parametrize(

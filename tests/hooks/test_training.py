@@ -26,9 +26,9 @@ def _hooks():
     compat.enable_vertical_chunking()
 
 
-def columns(model):
+def columns(model, first=0):
     """Return the features of two columns of texts, as a trainer gives them to a loss."""
-    texts = [[text(n, seed) for n in column] for seed, column in enumerate(LENGTHS)]
+    texts = [[text(n, seed) for n in column] for seed, column in enumerate(LENGTHS, first)]
     return [model.preprocess(column) for column in texts]
 
 
@@ -36,6 +36,13 @@ def gradients(model, loss, batch=None):
     model.zero_grad()
     loss(batch or columns(model), None).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def require_near(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, one in wanted.items():
+        off = float((found[name] - one).abs().max() / one.abs().max())
+        assert off <= GRADIENTS[torch.float32], name
 
 
 def require_same(model, loss, size=7, dropout=True):
@@ -49,10 +56,7 @@ def require_same(model, loss, size=7, dropout=True):
     found = gradients(model, loss)
     assert widths
     assert max(widths) <= size + 1
-    assert found.keys() == wanted.keys()
-    for name, one in wanted.items():
-        off = float((found[name] - one).abs().max() / one.abs().max())
-        assert off <= GRADIENTS[torch.float32], name
+    require_near(found, wanted)
 
 
 def test_a_model_whose_dropout_is_off_is_trained_in_chunks(model):
@@ -169,21 +173,16 @@ def test_distributed_data_parallel_takes_the_mean_over_two_processes(model, tmp_
     model.train()
     parts = []
     for rank in range(2):
-        batch = [
-            model.preprocess([text(n, 2 * rank + s) for n in c]) for s, c in enumerate(LENGTHS)
-        ]
+        batch = columns(model, first=2 * rank)
         torch.save(batch, tmp_path / f"batch{rank}.pt")
         parts.append(gradients(model, losses.MultipleNegativesRankingLoss(model), batch))
     command = [sys.executable, "-c", ONE_OF_TWO]
     runs = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
+    wanted = {name: (one + parts[1][name]) / 2 for name, one in parts[0].items()}
     for rank in range(2):
         found = torch.load(tmp_path / f"gradients{rank}.pt")
-        assert found.keys() == parts[0].keys()
-        for name, one in found.items():
-            wanted = (parts[0][name] + parts[1][name]) / 2
-            off = float((one - wanted).abs().max() / wanted.abs().max())
-            assert off <= GRADIENTS[torch.float32], name
+        require_near(found, wanted)
         assert any(not torch.allclose(found[name], parts[rank][name]) for name in found)
 
 
